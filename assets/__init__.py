@@ -1,0 +1,1 @@
+"""The embedded model's weights, its prompts, README pictures."""

@@ -1,0 +1,238 @@
+"""Every setting of a run: frozen dataclasses, with units and ranges. Loading and checks live in load.py and validate.py.
+
+Derived numbers are properties and are never written back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adaptation of the trained network. alpha / rank is the scale of the update."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ("attention", "feed_forward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """adapter: registry key of the family. path: a folder, a hub id, or "embedded" for the model in assets.
+
+    train: "lora" or "full". dtype: of the frozen weights and the forward pass; trained weights stay float32.
+    """
+
+    adapter: str = "sd3"
+    path: str = "embedded"
+    train: Literal["lora", "full"] = "lora"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    lora: Lora = field(default_factory=Lora)
+    height: int = 36
+    width: int = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """prompts: "world/v1" for the embedded world's training sentences, or a file.
+
+    format: "auto" takes world/... as the world and .txt as lines and .jsonl as jsonl; geneval and ocr are named.
+    """
+
+    prompts: str = "world/v1"
+    format: Literal["auto", "lines", "jsonl", "geneval", "ocr"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The global batch of one iteration, in groups (one prompt each) and members (samples of that prompt).
+
+    micro_batch: samples a network call in rollout, decode and update; an execution detail.
+    """
+
+    groups: int = 24
+    group_size: int = 16
+    micro_batch: int = 64
+
+    @property
+    def samples(self) -> int:
+        return self.groups * self.group_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Step kernel of the stochastic steps: ode, flow_sde, dance_sde, cps, precise, ddim.
+
+    noise: a for flow_sde and precise, eta for the others.
+    """
+
+    name: str = "precise"
+    noise: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Which steps are stochastic (and trained): all of them, or ``size`` steps whose start is random or slides.
+
+    kind: full | random | sliding. first, last: range of the start step, both inclusive. every: iterations before a sliding
+    window moves by one step (it returns to ``first`` after ``last``).
+    """
+
+    kind: Literal["full", "random", "sliding"] = "random"
+    size: int = 2
+    first: int = 0
+    last: int = 2
+    every: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """How trajectories are drawn. guidance 1 means no guidance; cfg_gradient: which branches the update differentiates.
+
+    share_prefix: one start noise a group, and the deterministic steps before the window are computed once a group.
+    storage_dtype: of the latents kept for the update.
+    """
+
+    steps: int = 8
+    kernel: Kernel = field(default_factory=Kernel)
+    window: Window = field(default_factory=Window)
+    share_prefix: bool = True
+    guidance: float = 1.0
+    cfg_gradient: Literal["full", "conditional"] = "full"
+    storage_dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantage:
+    """How scores become advantages; see flowrl.advantage. clip: advantages are clipped to +- this; 0 is off."""
+
+    name: str = "grpo"
+    ddof: Literal[0, 1] = 0
+    eps: float = 1e-4
+    clip: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kl:
+    """Penalty towards the reference policy.
+
+    form: none | paper (||mean - mean_ref||^2 / (2 std^2)) | no_dt (paper with std^2 over its step length taken out) |
+    velocity (||v - v_ref||^2), each a mean over latent elements. weight: its factor in the loss.
+    """
+
+    form: Literal["none", "paper", "no_dt", "velocity"] = "none"
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The policy loss. clip_range is in units of the ratio under ``log_prob_reduction``; updates: optimizer steps a rollout."""
+
+    name: str = "flow_grpo"
+    clip_range: float = 0.2
+    log_prob_reduction: Literal["sum", "mean", "sqrt"] = "sqrt"
+    updates: int = 1
+    kl: Kl = field(default_factory=Kl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. schedule: constant, or linear to zero over the run; warmup in optimizer steps."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    schedule: Literal["constant", "linear"] = "constant"
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """Average of the trained weights, used by evaluation and export. decay 0 turns it off; every: in optimizer steps."""
+
+    decay: float = 0.9
+    every: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEntry:
+    """One reward: a registry key, ``module:attr`` or ``path.py:attr``. weight 0 makes it a monitor that cannot stop a run.
+
+    args: keyword arguments of the reward, checked against its signature.
+    """
+
+    name: str
+    weight: float = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """When failed rewards drop a group and when they stop the run."""
+
+    min_valid: int = 2
+    max_invalid_fraction: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Paired evaluation: same prompts, noise, steps and guidance for every checkpoint.
+
+    prompts: "world/v1" (held-out sentences) or a file; count: distinct prompts; per_prompt: pictures each; every: iterations
+    between evaluations during training (0: only base and end); quick: prompts of those in-training evaluations.
+    """
+
+    prompts: str = "world/v1"
+    format: Literal["auto", "lines", "jsonl", "geneval", "ocr"] = "auto"
+    count: int = 252
+    per_prompt: int = 4
+    steps: int = 10
+    guidance: float = 1.0
+    seed: int = 1234
+    every: int = 0
+    quick: int = 100
+    grid: int = 24
+    rewards: tuple[RewardEntry, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """every: iterations between checkpoints (0: only at the end and on a stop signal); keep: newest ones kept, at least 2."""
+
+    every: int = 10
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracking:
+    """metrics.jsonl is always written; others by choice."""
+
+    tensorboard: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. ``run_dir`` must not hold another run; ``threads``: torch CPU threads, 0 leaves torch's default."""
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    iterations: int = 100
+    threads: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    rollout: Rollout = field(default_factory=Rollout)
+    advantage: Advantage = field(default_factory=Advantage)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    ema: Ema = field(default_factory=Ema)
+    rewards: tuple[RewardEntry, ...] = ()
+    failures: Failures = field(default_factory=Failures)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
