@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from flowrl.records import Conditioning, Detection, Prediction, Request, RewardBatch, RewardResult, Schedule
@@ -43,8 +44,14 @@ class PipelineAdapter(Protocol):
     def trainable(self) -> torch.nn.Module:
         """The network that ``predict`` calls and that training changes."""
 
-    def save_lora(self, folder: str, state: Mapping[str, torch.Tensor]) -> None:
-        """Write a LoRA that the family's ``load_lora_weights`` takes as it is."""
+    def add_lora(self, rank: int, alpha: float, groups: Sequence[str], seed: int) -> None:
+        """Freeze the network and add LoRA to the named groups of its linear layers ("attention", "feed_forward")."""
+
+    def lora_off(self) -> AbstractContextManager[None]:
+        """Within the block the network runs without LoRA: the reference policy."""
+
+    def export(self, folder: str) -> None:
+        """Write the trained part: a LoRA that the family's ``load_lora_weights`` takes, or the whole network."""
 
 
 class Reward(Protocol):

@@ -106,12 +106,13 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Finished pictures to be scored. images: uint8 [B, H, W, 3]; group_ids int64, one a sample."""
+    """Finished pictures to be scored. images: uint8 [B, H, W, 3]; group_ids one a sample; latents: x0 [B, ...] on request."""
 
     images: npt.NDArray[np.uint8]
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, Any]]
     group_ids: Sequence[int] = ()
+    latents: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

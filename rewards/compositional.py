@@ -1,8 +1,9 @@
 """GenEval-style compositional checking: clauses about objects, counts, colours and positions against a detector.
 
-The detector is a protocol (pictures in, detections out): connected components for the embedded world, a transformers detector
-for photographs. Rules after GenEval (2310.11513) with two defects of the copied soft score mended: a failed position clause
-earns nothing, and a count term never leaves [0, 1].
+The detector is a protocol (pictures in, detections out): connected components for the embedded world, a transformers
+detector for photographs. Rules after GenEval (2310.11513) with two defects of the copied soft score mended: a failed
+position clause earns nothing, and a count term never leaves [0, 1]. A detection serves one clause at most, so that one
+object cannot pay for two.
 """
 
 from __future__ import annotations
@@ -10,11 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-from flowrl.records import Detection
+from flowrl.data.geneval import RELATIONS, fault
+from flowrl.errors import UserError
+from flowrl.records import Detection, RewardBatch, RewardResult
 
-RELATIONS = ("left of", "right of", "above", "below")
+if TYPE_CHECKING:
+    from flowrl.protocols import Detector
+
+__all__ = ["DETECTORS", "RELATIONS", "Compositional", "Verdict", "judge"]
+
+DETECTORS = {"world/v1": "flowrl.worlds.v1.detect:detect"}
+MARGIN = 0.1  # of both objects' sizes, taken off their offset before its direction is judged (GenEval's figure)
+MIN_COSINE = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,22 +42,34 @@ def judge(
 ) -> Verdict:
     """Check one picture's detections against GenEval metadata.
 
-    Atoms, each in [0, 1]: presence of each include clause's class, its count ``max(0, 1 - |n - found| / n)``, its colour
-    (share of the needed objects in that colour), its position; each exclude clause; with ``exact``, that no object is
-    unexplained. strict needs every atom at 1. A count clause asks for exactly n with ``exact``, else for at least n.
+    Atoms, each in [0, 1]: presence of each include clause's class, its count ``max(0, 1 - |n - found| / n)``, its
+    colour (share of the needed objects in that colour), its position; each exclude clause; with ``exact``, that there
+    are no more objects than asked for, ``1 / (1 + extra)``. strict needs every atom at 1. A count clause asks for
+    exactly n with ``exact``, else for at least n (GenEval's own rule). Where several objects could serve a clause, the
+    right colour goes before the wrong one and the surest detection first; a position must hold between all objects of
+    the two clauses. metadata: checked by flowrl.data.geneval; raises ValueError where it is wrong.
     """
-    found = [d for d in found if d.score >= min_score]
+    problem = fault(metadata)
+    if problem:
+        raise ValueError(problem)
+    found = sorted((d for d in found if d.score >= min_score), key=lambda d: -d.score)
+    include = metadata["include"]
+    claimed, spare = _claim(include, found)
     atoms: list[tuple[float, str]] = []
-    matched: list[list[Detection]] = []
-    for clause in metadata.get("include", ()):
-        best = _match(clause, found)
-        matched.append(best)
-        atoms += _clause_atoms(clause, best, found, matched)
+    for clause, mine in zip(include, claimed, strict=True):
+        surplus = sum(_fits(d, clause) for d in spare) if exact else 0
+        atoms += _clause_atoms(clause, mine, surplus)
+        if "position" in clause:
+            relation, target = clause["position"]
+            pairs = [(a, b) for a in mine for b in claimed[target]]
+            holds = bool(pairs) and all(_stands(a, relation, b) for a, b in pairs)
+            atoms.append((float(holds), f"{clause['class']} not {relation} {include[target]['class']}"))
     for clause in metadata.get("exclude", ()):
         have = sum(d.label == clause["class"] for d in found)
-        atoms.append((float(have < clause["count"]), f"{have} x {clause['class']}, fewer than {clause['count']} allowed"))
+        reason = f"{have} x {clause['class']}, fewer than {clause['count']} allowed"
+        atoms.append((float(have < clause["count"]), reason))
     if exact:
-        expected = sum(clause["count"] for clause in metadata.get("include", ()))
+        expected = sum(clause["count"] for clause in include)
         extra = max(0, len(found) - expected)
         atoms.append((1.0 / (1 + extra), f"{extra} objects more than the {expected} asked for"))
     dense = sum(value for value, _ in atoms) / len(atoms)
@@ -54,48 +77,120 @@ def judge(
     return Verdict(not failed, dense, failed[0] if failed else "")
 
 
-def _match(clause: Mapping[str, Any], found: Sequence[Detection]) -> list[Detection]:
-    """The detections that this clause speaks of: its class, its colour first when it names one, surest first."""
-    same = [d for d in found if d.label == clause["class"]]
-    color = clause.get("color")
-    if color:
-        right = [d for d in same if d.color == color]
-        same = right + [d for d in same if d.color != color]
-        return same[: max(len(right), clause["count"])]
-    return same
+def _fits(d: Detection, clause: Mapping[str, Any]) -> bool:
+    return d.label == clause["class"] and d.color == clause.get("color", d.color)
 
 
-def _clause_atoms(
-    clause: Mapping[str, Any], mine: Sequence[Detection], found: Sequence[Detection], matched: Sequence[Sequence[Detection]]
-) -> list[tuple[float, str]]:
+def _claim(
+    include: Sequence[Mapping[str, Any]], found: Sequence[Detection]
+) -> tuple[list[list[Detection]], list[Detection]]:
+    """Give each detection to one clause at most; return those of each clause (up to its count) and the ones left over.
+
+    Coloured clauses choose first (their exact fits), then plain ones; what is left of the class fills a coloured
+    clause that came short, as an object of the wrong colour.
+    """
+    claimed: list[list[Detection]] = [[] for _ in include]
+    spare = list(found)
+    plain = [index for index, clause in enumerate(include) if "color" not in clause]
+    colored = [index for index, clause in enumerate(include) if "color" in clause]
+    for indices, any_color in ((colored, False), (plain, False), (colored, True)):
+        for index in indices:
+            clause, mine = include[index], claimed[index]
+            for d in list(spare):
+                suits = d.label == clause["class"] if any_color else _fits(d, clause)
+                if suits and len(mine) < clause["count"]:
+                    mine.append(d)
+                    spare = [other for other in spare if other is not d]
+    return claimed, spare
+
+
+def _clause_atoms(clause: Mapping[str, Any], mine: Sequence[Detection], surplus: int) -> list[tuple[float, str]]:
     wanted, name, color = clause["count"], clause["class"], clause.get("color")
-    have = len(mine)
+    have = len(mine) + surplus
     atoms = [
-        (float(have > 0), f"no {name}"),
-        (max(0.0, 1.0 - abs(have - wanted) / wanted) if have < wanted or wanted > 1 else 1.0, f"{have} x {name}, {wanted} asked for"),
+        (float(bool(mine)), f"no {name}"),
+        (max(0.0, 1.0 - abs(have - wanted) / wanted), f"{have} x {name}, {wanted} asked for"),
     ]
     if color:
         right = sum(d.color == color for d in mine)
-        atoms.append((min(1.0, right / wanted), f"{right} {color} {name}, {wanted} asked for"))
-    if "position" in clause:
-        relation, target = clause["position"]
-        holds = any(_stands(a, relation, b) for a in mine[:wanted] for b in matched[target] if a is not b)
-        atoms.append((float(holds), f"{name} not {relation} clause {target}"))
+        atoms.append((right / wanted, f"{right} {color} {name}, {wanted} asked for"))
     return atoms
 
 
-def _stands(a: Detection, relation: str, b: Detection, margin: float = 0.1) -> bool:
-    """GenEval's relation test: the centre offset, less ``margin`` of both sizes, points ``relation`` with cosine > 0.5."""
+def _stands(a: Detection, relation: str, b: Detection) -> bool:
+    """Whether a stands in ``relation`` to b: GenEval's test.
+
+    offset = centre(a) - centre(b); each axis is shortened by MARGIN times both sizes; the shortened component over
+    |offset| must exceed MIN_COSINE in the direction of the relation.
+    """
     ax, ay, bx, by = *_centre(a), *_centre(b)
-    wide = (a.box[2] - a.box[0]) + (b.box[2] - b.box[0])
-    high = (a.box[3] - a.box[1]) + (b.box[3] - b.box[1])
-    dx = math.copysign(max(0.0, abs(ax - bx) - margin * wide), ax - bx)
-    dy = math.copysign(max(0.0, abs(ay - by) - margin * high), ay - by)
-    length = math.hypot(dx, dy)
+    length = math.hypot(ax - bx, ay - by)
     if length == 0.0:
         return False
-    return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation] / length > 0.5
+    wide = (a.box[2] - a.box[0]) + (b.box[2] - b.box[0])
+    high = (a.box[3] - a.box[1]) + (b.box[3] - b.box[1])
+    dx = math.copysign(max(0.0, abs(ax - bx) - MARGIN * wide), ax - bx)
+    dy = math.copysign(max(0.0, abs(ay - by) - MARGIN * high), ay - by)
+    return {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation] / length > MIN_COSINE
 
 
 def _centre(d: Detection) -> tuple[float, float]:
     return (d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2
+
+
+class Compositional:
+    """Reward in [0, 1] for pictures that show what GenEval metadata asks for.
+
+    detector: a name of DETECTORS, or ``module:attr`` of a function that maps uint8 [B, H, W, 3] to one list of
+    Detection a picture. mode: "strict" (0 or 1), "dense" (mean over atoms), "mean" ((strict + dense) / 2): dense alone
+    can be raised by hedging with spare objects, strict alone is sparse. exact: see ``judge``. A sample whose metadata
+    is missing or wrong is invalid, with the reason.
+    """
+
+    name = "compositional"
+
+    def __init__(
+        self, detector: str = "world/v1", mode: Literal["mean", "strict", "dense"] = "mean", exact: bool = True
+    ) -> None:
+        if mode not in ("mean", "strict", "dense"):
+            raise UserError(f"compositional: mode is {mode!r}; use mean, strict or dense")
+        self.mode = mode
+        self.exact = exact
+        self.detect: Detector = _detector(detector)
+
+    def score(self, batch: RewardBatch) -> RewardResult:
+        """Score finished pictures; components "strict" and "dense", details the first failed atom (None where none)."""
+        import numpy as np
+
+        strict, dense = (np.full(len(batch), np.nan, np.float32) for _ in range(2))
+        errors: list[str | None] = [_metadata_error(metadata) for metadata in batch.metadata]
+        details: list[str | None] = [None] * len(batch)
+        for index, found in enumerate(self.detect(batch.images)):
+            if errors[index] is None:
+                verdict = judge(batch.metadata[index], found, exact=self.exact)
+                strict[index], dense[index] = verdict.strict, verdict.dense
+                details[index] = verdict.reason or None
+        scores = {"strict": strict, "dense": dense, "mean": (strict + dense) / 2}[self.mode]
+        valid = np.array([error is None for error in errors], dtype=np.bool_)
+        return RewardResult(scores, valid, errors, {"strict": strict, "dense": dense}, details)
+
+
+def _metadata_error(metadata: Mapping[str, Any]) -> str | None:
+    problem = fault(metadata)
+    return f"compositional: metadata: {problem}; it needs GenEval prompts or the embedded world's" if problem else None
+
+
+def _detector(name: str) -> Detector:
+    module, _, attribute = DETECTORS.get(name, name).partition(":")
+    if not attribute:
+        raise UserError(f"compositional: unknown detector {name!r}; use {', '.join(DETECTORS)} or module:attr")
+    try:
+        detect = vars(import_module(module))[attribute]
+    except (ImportError, KeyError) as error:
+        raise UserError(
+            f"compositional: cannot load detector {name!r} ({type(error).__name__}: {error}); check its spelling"
+        ) from error
+    if not callable(detect):
+        raise UserError(f"compositional: detector {name!r} is not callable")
+    loaded: Detector = detect
+    return loaded

@@ -1,0 +1,1 @@
+"""Atomic, verified, pickle-free checkpoints, and the signals that ask for one. Start at ``store``."""

@@ -128,12 +128,18 @@ class Kl:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The policy loss. clip_range is in units of the ratio under ``log_prob_reduction``; updates: optimizer steps a rollout."""
+    """The policy loss. clip_range is in units of the ratio under ``log_prob_reduction``.
+
+    updates: optimizer steps a pass, each on its share of the groups; passes: how often a rollout is trained on.
+    skip_silent: leave out groups whose advantages are all zero (the same gradient, fewer calls); only without a KL term.
+    """
 
     name: str = "flow_grpo"
     clip_range: float = 0.2
     log_prob_reduction: Literal["sum", "mean", "sqrt"] = "sqrt"
     updates: int = 1
+    passes: int = 1
+    skip_silent: bool = True
     kl: Kl = field(default_factory=Kl)
 
 

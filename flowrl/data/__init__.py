@@ -1,0 +1,1 @@
+"""Prompt readers (``prompts``) and the sampler that draws groups from them (``sampler``)."""

@@ -1,0 +1,1 @@
+"""The one place that knows of other processes; accelerate is imported here and nowhere else."""

@@ -1,0 +1,1 @@
+"""Base against tuned: paired evaluation, statistics, picture grids, charts and the report."""

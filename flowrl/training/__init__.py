@@ -1,0 +1,1 @@
+"""One readable iteration: draw, roll out, score, assign credit, update."""

@@ -1,0 +1,164 @@
+"""The public Python face: train, resume, evaluate, load_run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowrl.config import check, load
+from flowrl.config.schema import Config
+from flowrl.errors import UserError
+
+if TYPE_CHECKING:
+    from flowrl.training.run import Callback, Run
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. summary: evaluation.json, or None before the run has ended."""
+
+    folder: Path
+    config: Config
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    def text(self) -> str:
+        """The figures before and after, and where the report is."""
+        from flowrl.evaluation.statistics import summary_text
+
+        lines = [] if self.summary is None else [summary_text(self.summary), ""]
+        return "\n".join([*lines, f"report: {self.folder / 'report.html'}"])
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def train(config: Config | str | Path, callbacks: Sequence[Callback] = (), *, command: str = "flowrl.train") -> RunFolder:
+    """Fine-tune as ``config`` says (a Config, a YAML file or the name of a shipped recipe) and return the finished run.
+
+    callbacks: called after each iteration with its number and its metrics. Raises UserError for a mistake in the config,
+    before a model is loaded; SystemExit with 143 or 130 after a stop signal, with a checkpoint on disk.
+    """
+    config = config if isinstance(config, Config) else load(config)
+    backend = _backend()
+    check(config, backend.world)
+    folder = Path(config.run_dir)
+    if (folder / "config.yaml").exists():
+        raise UserError(
+            f"run_dir: {folder} already holds a run; choose another with run_dir=..., or continue it with "
+            f"flowrl train --resume {folder}"
+        )
+    run = _open(config, folder, command, callbacks, backend)
+    if backend.leads:
+        run.prepare()
+    return _go(run)
+
+
+def resume(folder: str | Path, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> RunFolder:
+    """Continue the run of ``folder`` from its newest good checkpoint, bit-exactly on one machine."""
+    from flowrl.checkpoint import store
+
+    folder = Path(folder)
+    config = load(folder / "config.yaml", overrides)
+    backend = _backend()
+    check(config, backend.world)
+    root = folder / "checkpoints"
+    loaded = store.load(root) if store.list_checkpoints(root) else None
+    run = _open(config, folder, _command(folder), callbacks, backend)
+    if loaded is None:
+        _write(f"{folder}: no checkpoint yet, starting at iteration 0")
+        run.cut(-1)
+    else:
+        run.restore(loaded)
+    return _go(run)
+
+
+def evaluate(source: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Evaluate a run's newest checkpoint against its base, or a config's model alone; returns the table as text."""
+    from flowrl.checkpoint import store
+    from flowrl.evaluation.statistics import summary_text
+
+    folder = Path(source)
+    if not folder.is_dir():
+        return _evaluate_base(load(source, overrides))
+    config = load(folder / "config.yaml", overrides)
+    loaded = store.load(folder / "checkpoints")
+    run = _open(config, folder, _command(folder), (), _backend())
+    for warning in loaded.warnings:
+        _write(f"warning: {warning}")
+    run.trainer.load_state(loaded.state)
+    prompts = run.parts.evaluation_prompts
+    with run.parts.reference():
+        base = run.evaluate("base", prompts)
+    with run.trainer.weights.averaged():
+        tuned = run.evaluate("tuned", prompts)
+    run.write_evaluation(base, tuned)
+    from flowrl.evaluation.report import write_report
+
+    report = write_report([folder])
+    return summary_text(load_run(folder).summary or {}) + f"\ngrids:  {folder / 'grids'}\nreport: {report}"
+
+
+def _evaluate_base(config: Config) -> str:
+    """Metrics and pictures of a config's model as it is; files go to the config's run_dir."""
+    import numpy as np
+
+    from flowrl.evaluation.grids import contact_sheet
+    from flowrl.evaluation.statistics import summarise, summary_text
+
+    check(config)
+    run = _open(config, Path(config.run_dir), "flowrl eval", (), _backend())
+    found = run.evaluate("base", run.parts.evaluation_prompts)
+    folder = run.folder / "grids"
+    folder.mkdir(parents=True, exist_ok=True)
+    pick = np.linspace(0, len(found.rows) - 1, min(config.evaluation.grid, len(found.rows))).astype(int)
+    contact_sheet(found.images[pick], [found.rows[i]["prompt"] for i in pick]).save(folder / "base.png")
+    return summary_text(summarise(found.rows)) + f"\ngrid: {folder / 'base.png'}"
+
+
+def load_run(folder: str | Path) -> RunFolder:
+    """Read a run's config, metrics and summary. UserError where ``folder`` holds no run."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} holds no run: it has no config.yaml")
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    summary = folder / "evaluation.json"
+    return RunFolder(
+        folder, load(folder / "config.yaml"), rows, json.loads(summary.read_text()) if summary.exists() else None
+    )
+
+
+def _backend() -> Any:
+    from flowrl.distributed.backend import Backend
+
+    return Backend()
+
+
+def _command(folder: Path) -> str:
+    """The command that began the run, from the first line of its config."""
+    first = (folder / "config.yaml").read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.partition(": ")[2] if first.startswith("# flowrl") else "flowrl train"
+
+
+def _open(config: Config, folder: Path, command: str, callbacks: Sequence[Callback], backend: Any) -> Run:
+    from flowrl.training.build import build
+    from flowrl.training.run import Run
+
+    return Run(config, build(config, backend), folder, command, _write, callbacks)
+
+
+def _go(run: Run) -> RunFolder:
+    try:
+        code = run.go()
+    finally:
+        run.trainer.rewards.close()
+    if code:
+        raise SystemExit(code)
+    return load_run(run.folder)

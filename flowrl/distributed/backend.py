@@ -1,0 +1,69 @@
+"""What training asks of other processes: who am I, gather rows, add up numbers and gradients.
+
+A single process imports no distributed package. Under torchrun (WORLD_SIZE > 1) accelerate sets the processes up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Backend:
+    """This process among ``world`` ones; every method is the identity when it is alone."""
+
+    def __init__(self) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = 0
+        if self.world > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=not torch.cuda.is_available())
+            self.rank, self.world = state.process_index, state.num_processes
+            self.device = torch.device(state.device)
+        else:
+            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This process's contiguous part of ``count`` groups; ValueError where they do not divide evenly."""
+        if count % self.world:
+            raise ValueError(f"batch.groups: {count} groups cannot be dealt evenly to {self.world} processes")
+        part = count // self.world
+        return range(self.rank * part, (self.rank + 1) * part)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """All processes' rows, in rank order; the same shape everywhere is required. Returns rows on their own device."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows, device=self.device) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, rows.to(self.device).contiguous())
+        return torch.cat(parts).to(rows.device)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.world == 1:
+            return values
+        summed = values.to(self.device).clone()
+        torch.distributed.all_reduce(summed)
+        return summed.to(values.device)
+
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum the gradients over processes, in place; losses carry the global normalisation already."""
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+
+    def close(self) -> None:
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

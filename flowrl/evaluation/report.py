@@ -1,0 +1,505 @@
+"""One self-contained HTML report of one or several runs: no script, no address outside the file.
+
+What a run directory lacks is stated in the report; text from prompts, configs and files is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import statistics as plain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowrl.errors import UserError
+from flowrl.evaluation import charts
+from flowrl.evaluation.charts import Series
+from flowrl.evaluation.statistics import cell, summarise, table_lines
+
+WINDOW = 9  # iterations in a moving mean
+MAX_POINTS = 400  # values a line keeps
+MAX_PNG = 1_000_000  # bytes; larger pictures are embedded as WebP
+GRIDS = {
+    "change.png": "Base beside tuned: gains, unchanged, losses",
+    "worst.png": "Largest losses first: where reward hacking would show",
+    "tuned.png": "Tuned pictures, one a prompt, chosen by no score",
+}
+
+
+@dataclass
+class _Run:
+    """What could be read of one run directory, and what could not."""
+
+    path: Path
+    label: str
+    color: str
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    grids: list[Path] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def column(self, key: str) -> list[float | None]:
+        return [_number(row.get(key)) for row in self.metrics]
+
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for row in self.metrics for key in row if any(_valid(row[key]))))
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of ``runs`` to ``out`` (by default report.html in the first run directory); return its path.
+
+    Reads config.yaml, metrics.jsonl, evaluation.json (else samples.jsonl), run.json and grids/*.png of each directory.
+    Raises UserError where there is no run, or a directory holds none of these.
+    """
+    if not runs:
+        raise UserError("report: no run directory given; name at least one, as in: flowrl report runs/demo")
+    read = [
+        _read(Path(path), label, index) for index, (path, label) in enumerate(zip(runs, _labels(runs), strict=True))
+    ]
+    target = Path(runs[0]) / "report.html" if out is None else Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(target.name + ".part")
+    draft.write_text(_page(read), encoding="utf-8")
+    os.replace(draft, target)
+    return target
+
+
+def _labels(runs: Sequence[Path]) -> list[str]:
+    """Folder names, or whole paths where names repeat."""
+    names = [Path(run).resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+def _read(path: Path, label: str, index: int) -> _Run:
+    known = ("config.yaml", "metrics.jsonl", "evaluation.json", "samples.jsonl")
+    if not any((path / name).is_file() for name in known):
+        raise UserError(f"report: {path} is no run directory (none of {', '.join(known)} there); name the run's folder")
+    run = _Run(path, label, charts.COLORS[index % len(charts.COLORS)])
+    if (path / "config.yaml").is_file():
+        run.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    else:
+        run.warnings.append("config.yaml is missing")
+    run.metrics = _json_lines(run, "metrics.jsonl")
+    if not run.metrics:
+        run.warnings.append("metrics.jsonl is missing or has no rows: no curves")
+    run.facts = _json_object(run, "run.json") or {}
+    run.evaluation = _json_object(run, "evaluation.json")
+    if run.evaluation is None:
+        samples = _json_lines(run, "samples.jsonl")
+        run.evaluation = _from_samples(run, samples) if samples else None
+        if not samples:
+            run.warnings.append("no evaluation yet: neither evaluation.json nor samples.jsonl has results")
+    else:
+        run.facts |= {
+            key: run.evaluation[key] for key in ("command", "version", "machine", "world") if key in run.evaluation
+        }
+    run.grids = [path / "grids" / name for name in GRIDS if (path / "grids" / name).is_file()]
+    run.grids += sorted(set((path / "grids").glob("*.png")) - set(run.grids))
+    if not run.grids:
+        run.warnings.append("no grids yet")
+    run.warnings += [str(text) for text in run.facts.pop("warnings", [])] + _judged(run)
+    return run
+
+
+def _from_samples(run: _Run, samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    try:
+        return summarise(samples)
+    except (KeyError, TypeError) as error:
+        run.warnings.append(f"samples.jsonl: a row lacks what a summary needs ({error})")
+        return None
+
+
+def _json_object(run: _Run, name: str) -> dict[str, Any] | None:
+    file = run.path / name
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        run.warnings.append(f"{name} could not be read: {error}")
+        return None
+    if not isinstance(found, dict):
+        run.warnings.append(f"{name} holds no object")
+        return None
+    return found
+
+
+def _json_lines(run: _Run, name: str) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; broken lines (a run that was cut off) are left out and counted in a warning."""
+    file = run.path / name
+    rows, broken = [], []
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(number)
+    if broken:
+        run.warnings.append(f"{name}: {len(broken)} broken lines left out, the first is line {broken[0]}")
+    return rows
+
+
+def _judged(run: _Run) -> list[str]:
+    """Warnings that the numbers themselves call for."""
+    found = []
+    change = (run.evaluation or {}).get("difference") or {}
+    for name in ("strict", "dense"):
+        part = change.get(name)
+        if not part:
+            continue
+        if part["low"] is None:
+            found.append(f"{name}: too few prompts to tell a change")
+        elif part["low"] <= 0 <= part["high"]:
+            found.append(f"{name}: the interval of the change includes 0, so this evaluation shows no difference")
+    strict, dense = change.get("strict"), change.get("dense")
+    if strict and dense and (dense["low"] or 0) > 0 and (strict["high"] or 0) < 0:
+        found.append("the dense score rose while strict accuracy fell: look for reward hacking in the worst pictures")
+    live = [value for value in run.column("group/live_fraction") if value is not None][-10:]
+    if live and plain.fmean(live) < 0.2:
+        found.append(f"only {plain.fmean(live):.0%} of the groups carried a signal in the last iterations")
+    bad = sorted(
+        {
+            key
+            for row in run.metrics
+            for key, value in row.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        }
+    )
+    return found + ([f"not finite at least once: {', '.join(bad)}"] if bad else [])
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _valid(value: Any) -> list[bool]:
+    return [True] if _number(value) is not None else []
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def _page(runs: Sequence[_Run]) -> str:
+    title = "flowrl: " + ", ".join(run.label for run in runs)
+    sections: list[tuple[str, Callable[[Sequence[_Run]], str]]] = [
+        ("Before and after", _headline),
+        ("Warnings", _warnings),
+        ("Rewards while training", _reward_curves),
+        ("Held-out evaluation while training", _eval_curves),
+        ("Policy", _policy_curves),
+        ("Ratio and clip fraction by step", _by_step),
+        ("Time and calls", _cost),
+        ("Pictures", _pictures),
+        ("Configuration", _configs),
+    ]
+    body = "".join(f"<section><h2>{name}</h2>{make(runs)}</section>" for name, make in sections)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_escape(title)}</title><style>{_STYLE}{charts.STYLE}</style></head>"
+        f"<body><main><h1>{_escape(title)}</h1>{_facts(runs)}{body}</main></body></html>\n"
+    )
+
+
+def _escape(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_escape(text)}</p>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table of cells that are HTML already; the first cell of a row is its heading."""
+    top = "".join(f'<th scope="col">{name}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{text}</td>" for text in row[1:]) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _swatch(run: _Run) -> str:
+    return f'<span class="swatch" style="background:{run.color}"></span>{_escape(run.label)}'
+
+
+def _facts(runs: Sequence[_Run]) -> str:
+    names = list(dict.fromkeys(name for run in runs for name in run.facts))
+    head = ["", *(_swatch(run) for run in runs)]
+    rows = [[_escape(name), *(_escape(_flat(run.facts.get(name, "-"))) for run in runs)] for name in names]
+    done = [f"{len(run.metrics)}" for run in runs]
+    return _table(head, [*rows, ["iterations recorded", *done]], "facts")
+
+
+def _flat(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _headline(runs: Sequence[_Run]) -> str:
+    judged = [(run, run.evaluation) for run in runs if run.evaluation and any(run.evaluation.get(s) for s in _SIDES)]
+    if not judged:
+        return _note("No evaluation yet: run `flowrl eval` on this run, then `flowrl report` again.")
+    lines: dict[tuple[str, ...], str] = {}
+    head = [""]
+    for run, summary in judged:
+        side = next(name for name in reversed(_SIDES) if summary.get(name))
+        lines |= {path: label for label, path in table_lines({"dense_reward": "score"} | summary, side)}
+        head += [f"{_swatch(run)}<br>{name}" if i == 0 else name for i, name in enumerate(("base", "tuned", "change"))]
+    rows = []
+    for path, label in lines.items():
+        row = [_escape(label.strip()) if path[0] != "by_tag" else f'<span class="tag">{_escape(label.strip())}</span>']
+        for _, summary in judged:
+            row += [_interval(summary.get(side), path, signed=side == "difference") for side in _SIDES]
+        rows.append(row)
+    summary = judged[0][1]
+    level = 100 * float(summary.get("level", 0.95))
+    counted = (summary.get("difference") or {}).get("pictures")
+    pairs = f"{counted:,} paired pictures, same prompts and noise on both sides; " if counted else ""
+    note = f"{pairs}brackets: {level:g}% bootstrap intervals over prompts; strict changes in percentage points."
+    return _table(head, rows, "result") + _note(note)
+
+
+_SIDES = ("base", "tuned", "difference")
+
+
+def _interval(block: Mapping[str, Any] | None, path: Sequence[str], *, signed: bool) -> str:
+    if not block:
+        return "-"
+    text = cell(block, path, signed=signed)
+    mean, _, rest = text.partition(" ")
+    kind = ""
+    if signed and rest.startswith("["):
+        low, high = (float(part) for part in rest.strip("[]").split(", "))
+        kind = ' class="better"' if low > 0 else ' class="worse"' if high < 0 else ""
+    return f'<b{kind}>{_escape(mean)}</b> <span class="quiet">{_escape(rest)}</span>'
+
+
+def _warnings(runs: Sequence[_Run]) -> str:
+    items = [
+        f"<li>{_escape(f'{run.label}: ' if len(runs) > 1 else '')}{_escape(text)}</li>"
+        for run in runs
+        for text in run.warnings
+    ]
+    return f'<ul class="warnings">{"".join(items)}</ul>' if items else _note("None.")
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+def _series(run: _Run, key: str, *, smooth: bool) -> Series:
+    """One line of a run: with its own interval where the rows have one, else smoothed on request."""
+    x = [_number(row.get("iteration")) or 0.0 for row in run.metrics]
+    y = run.column(key)
+    low, high, points = run.column(f"{key}_low"), run.column(f"{key}_high"), None
+    kept = [index for index, value in enumerate(y) if value is not None and math.isfinite(value)]
+    if any(value is not None for value in low):
+        smooth = False
+    elif smooth and len(kept) >= 2 * WINDOW:
+        points, (y, low, high) = y, _moving(y)
+    kept = [index for index in kept if y[index] is not None]
+    kept = [kept[index] for index in range(0, len(kept), math.ceil(len(kept) / MAX_POINTS))] if kept else []
+
+    def take(column: Sequence[float | None] | None) -> list[float | None] | None:
+        return None if column is None else [column[index] for index in kept]
+
+    return Series(
+        run.label, [x[index] for index in kept], take(y) or [], take(low), take(high), take(points),
+        dots=len(kept) <= 30 and points is None, color=run.color,
+    )  # fmt: skip
+
+
+def _moving(values: Sequence[float | None]) -> tuple[list[float | None], list[float | None], list[float | None]]:
+    """Centred mean over WINDOW iterations, and that mean less and plus two standard errors."""
+    mean: list[float | None] = []
+    error: list[float] = []
+    for index in range(len(values)):
+        near = [
+            v
+            for v in values[max(0, index - WINDOW // 2) : index + WINDOW // 2 + 1]
+            if v is not None and math.isfinite(v)
+        ]
+        mean.append(plain.fmean(near) if near else None)
+        error.append(2 * plain.stdev(near) / math.sqrt(len(near)) if len(near) > 1 else 0.0)
+    low = [None if m is None else m - e for m, e in zip(mean, error, strict=True)]
+    high = [None if m is None else m + e for m, e in zip(mean, error, strict=True)]
+    return mean, low, high
+
+
+_FRACTIONS = ("strict", "clip_fraction", "live_fraction")
+
+
+def _chart(runs: Sequence[_Run], key: str, title: str, *, smooth: bool = False, reference: float | None = None) -> str:
+    series = [_series(run, key, smooth=smooth) for run in runs if key in run.keys()]
+    return charts.line_chart(series, title=title, percent=key.split("/")[-1] in _FRACTIONS, reference=reference)
+
+
+def _all_keys(runs: Sequence[_Run]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for key in run.keys()))
+
+
+def _is_bound(key: str) -> bool:
+    return key.endswith(("_low", "_high"))
+
+
+def _figure(drawn: Sequence[str], missing: str, note: str = "") -> str:
+    return f'<div class="charts">{"".join(drawn)}</div>{_note(note) if note else ""}' if drawn else _note(missing)
+
+
+def _reward_curves(runs: Sequence[_Run]) -> str:
+    keys = [key for key in _all_keys(runs) if key.startswith("reward/") and key.split("/")[-1] in ("mean", "strict")]
+    keys = [key for key in ("score/mean",) if key in _all_keys(runs)] + keys
+    drawn = [_chart(runs, key, key, smooth=True) for key in keys]
+    note = f"Dots: one iteration each. Line: mean over {WINDOW} iterations; band: two standard errors of that mean, from the spread between iterations."
+    return _figure(drawn, "No reward in metrics.jsonl yet.", note)
+
+
+def _eval_curves(runs: Sequence[_Run]) -> str:
+    keys = [key for key in _all_keys(runs) if key.startswith(("eval/", "gold/")) and not _is_bound(key)]
+    drawn = [_chart(runs, key, key) for key in keys]
+    return _figure(
+        drawn, "No evaluation during training (evaluation.every is 0, or none was due yet).", "Bands: the intervals recorded with each evaluation."
+    )  # fmt: skip
+
+
+def _policy_curves(runs: Sequence[_Run]) -> str:
+    levels = {"policy/ratio_mean": 1.0}
+    wanted = ("policy/kl", "policy/ratio_mean", "policy/clip_fraction", "group/live_fraction", "grad_norm", "lr")
+    names = {
+        "policy/kl": "KL to the reference", "policy/ratio_mean": "mean ratio", "policy/clip_fraction": "clip fraction",
+        "group/live_fraction": "groups with a signal", "grad_norm": "gradient norm", "lr": "learning rate",
+    }  # fmt: skip
+    have = _all_keys(runs)
+    drawn = [_chart(runs, key, names[key], reference=levels.get(key)) for key in wanted if key in have]
+    return _figure(drawn, "No policy figures in metrics.jsonl yet.")
+
+
+def _by_step(runs: Sequence[_Run]) -> str:
+    parts = []
+    for key, name, level in (("policy/ratio_mean", "ratio", 1.0), ("policy/clip_fraction", "clipped", None)):
+        steps = sorted({int(k.rpartition("_")[2]) for k in _all_keys(runs) if _step_of(k, key)})
+        panels = [
+            (f"{name}, step {step}",
+             [_series(run, f"{key}/step_{step}", smooth=False) for run in runs if f"{key}/step_{step}" in run.keys()])
+            for step in steps
+        ]  # fmt: skip
+        if panels:
+            drawn = charts.small_multiples(panels, percent=name == "clipped", reference=level)
+            parts.append(f'<div class="charts">{drawn}</div>')
+    return "".join(parts) or _note("No figures by step in metrics.jsonl yet.")
+
+
+def _step_of(key: str, prefix: str) -> bool:
+    return key.startswith(f"{prefix}/step_") and key.rpartition("_")[2].isdigit()
+
+
+# ----------------------------------------------------------------------------------------------- cost, pictures, config
+
+
+def _cost(runs: Sequence[_Run]) -> str:
+    parts = []
+    for run in runs:
+        times = {key: _mean(run.column(key)) for key in run.keys() if key.startswith("time/")}
+        whole = times.pop("time/iteration_s", None)
+        shares = [(key.removeprefix("time/").removesuffix("_s"), value) for key, value in times.items()]
+        if shares:
+            title = f"{run.label}: seconds an iteration" + (f", {whole:.3g} in all" if whole else "")
+            parts.append(charts.stacked_bar(shares, title=title))
+    keys = [key for key in _all_keys(runs) if key.startswith(("calls/", "memory/"))]
+    if keys:
+        head = ["mean an iteration", *(_swatch(run) for run in runs)]
+        rows = [[_escape(key), *(_amount(run, key) for run in runs)] for key in keys]
+        parts.append(_table(head, rows))
+    return "".join(parts) or _note("No times in metrics.jsonl yet.")
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    there = [value for value in values if value is not None and math.isfinite(value)]
+    return plain.fmean(there) if there else 0.0
+
+
+def _amount(run: _Run, key: str) -> str:
+    return f"{_mean(run.column(key)):,.1f}" if key in run.keys() else "-"
+
+
+def _pictures(runs: Sequence[_Run]) -> str:
+    parts = []
+    for run in runs:
+        if len(runs) > 1:
+            parts.append(f"<h3>{_swatch(run)}</h3>")
+        if not run.grids:
+            parts.append(_note("No grids yet: `flowrl eval` writes them."))
+        for index, file in enumerate(run.grids):
+            title = _escape(GRIDS.get(file.name, file.stem))
+            picture = f'<img src="{_embed(file)}" alt="{title}">'
+            state = " open" if index == 0 else ""
+            parts.append(f"<details{state}><summary>{title}</summary>{picture}</details>")
+    return "".join(parts)
+
+
+def _embed(file: Path) -> str:
+    """A PNG as a data address; a large one becomes WebP."""
+    data, kind = file.read_bytes(), "png"
+    if len(data) > MAX_PNG:
+        from PIL import Image
+
+        with Image.open(file) as image, io.BytesIO() as buffer:
+            image.convert("RGB").save(buffer, "WEBP", quality=88)
+            data, kind = buffer.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _configs(runs: Sequence[_Run]) -> str:
+    parts = []
+    for run in runs:
+        text = f"<pre>{_escape(run.config)}</pre>" if run.config is not None else _note("config.yaml is missing.")
+        settings = (run.evaluation or {}).get("settings")
+        if settings is not None:
+            text += (
+                f"<h3>Evaluation settings</h3><pre>{_escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>"
+            )
+        parts.append(f"<details><summary>{_swatch(run)}</summary>{text}</details>")
+    return "".join(parts)
+
+
+_STYLE = """
+body { margin: 0; background: #fff; color: #1f2328; font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1000px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { font-size: 24px; margin: 0 0 12px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 36px 0 10px; padding-top: 12px; border-top: 1px solid #d0d7de; }
+h3 { font-size: 15px; margin: 16px 0 6px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 18px 4px 0; vertical-align: top; }
+thead th { vertical-align: bottom; color: #656d76; font-weight: 500; border-bottom: 1px solid #d0d7de; }
+tbody th { font-weight: 500; white-space: nowrap; }
+.result td { white-space: nowrap; }
+.result tbody tr:nth-child(-n + 2) { font-size: 17px; }
+.facts td { overflow-wrap: anywhere; }
+.facts { font-size: 13px; }
+.tag { padding-left: 14px; font-weight: 400; }
+.note, .quiet { color: #656d76; }
+.note { font-size: 13px; margin: 6px 0; }
+.better { color: #1a7f37; }
+.worse { color: #cf222e; }
+.warnings { margin: 0; padding-left: 20px; }
+.swatch { display: inline-block; width: 10px; height: 10px; margin-right: 6px; }
+.charts { display: flex; flex-wrap: wrap; gap: 12px 24px; }
+details { margin: 8px 0; }
+summary { cursor: pointer; }
+img { display: block; max-width: 100%; margin: 10px 0; border: 1px solid #d0d7de; }
+pre { background: #f6f8fa; padding: 12px; overflow-x: auto; font-size: 12.5px; line-height: 1.45; }
+"""

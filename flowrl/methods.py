@@ -1,0 +1,147 @@
+"""The methods table: every algorithm that the library holds, with what backs it. ``flowrl methods`` prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from flowrl import registry
+from flowrl.advantage.catalogue import METHODS as ADVANTAGE_METHODS
+from flowrl.advantage.catalogue import Method
+from flowrl.errors import UserError
+from flowrl.objectives import METHODS as OBJECTIVE_METHODS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table; the fields are the keys of ``flowrl methods --json``.
+
+    key: unique within its kind. tier: 1 trained end to end, 2 formula or worked numbers, 3 reconstructed. paper: arXiv
+    number or "". evidence: label (exact, golden, formula, identity, learned, reconstructed) to a test id
+    (``path::test``) or a results file. config: the override that runs it, or "".
+    """
+
+    key: str
+    kind: str
+    tier: int
+    paper: str
+    title: str
+    evidence: Mapping[str, str]
+    config: str
+
+
+_KERNELS = "tests/dynamics/test_kernels.py::"
+_BENCH = "tests/dynamics/test_gaussian_bench.py::"
+
+
+def _kernel(key: str, tier: int, paper: str, title: str, evidence: Mapping[str, str]) -> Entry:
+    shared = {"exact": _BENCH + "test_factors_equal_the_closed_recursion"}
+    config = "" if key == "ode" else f"rollout.kernel.name={key}"  # the ode kernel draws pictures and is never trained
+    return Entry(key, "kernel", tier, paper, title, {**shared, **evidence}, config)
+
+
+KERNELS = (
+    _kernel(
+        "ode",
+        2,
+        "2209.03003",
+        "Euler steps of the probability-flow ODE, without noise",
+        {"identity": _KERNELS + "test_full_mixing_equals_euler_to_double_precision"},
+    ),
+    _kernel(
+        "flow_sde",
+        2,
+        "2505.05470",
+        "Flow-GRPO's SDE by Euler-Maruyama, g = a sqrt(t / (1 - t))",
+        {
+            "formula": _KERNELS + "test_euler_maruyama_equals_its_velocity_and_score_forms",
+            "identity": _KERNELS + "test_without_noise_euler_maruyama_is_the_ode",
+        },
+    ),
+    _kernel(
+        "dance_sde",
+        2,
+        "2505.07818",
+        "DanceGRPO's SDE by Euler-Maruyama, constant g",
+        {
+            "formula": _KERNELS + "test_euler_maruyama_equals_its_velocity_and_score_forms",
+            "identity": _KERNELS + "test_without_noise_euler_maruyama_is_the_ode",
+        },
+    ),
+    _kernel(
+        "cps",
+        2,
+        "2509.05952",
+        "coefficients-preserving sampling, rho = cos(eta pi / 2)",
+        {
+            "formula": _KERNELS + "test_cps_keeps_the_noise_of_the_next_time_whatever_eta",
+            "identity": _KERNELS + "test_without_noise_every_mixing_kernel_is_the_euler_step",
+        },
+    ),
+    _kernel(
+        "precise",
+        1,
+        "2605.23522",
+        "PRECISE: the SDE solved exactly over a step with x0_hat held still",
+        {
+            "formula": _KERNELS + "test_precise_solves_the_frozen_equation",
+            "identity": _KERNELS + "test_full_ddim_is_memoryless_precise",
+        },
+    ),
+    Entry(
+        key="ddim",
+        kind="kernel",
+        tier=2,
+        paper="2010.02502",
+        title="DDIM with eta, on any path",
+        evidence={
+            "golden": _KERNELS + "test_ddim_equals_diffusers",
+            "identity": _KERNELS + "test_full_ddim_is_memoryless_precise",
+        },
+        config="rollout.kernel.name=ddim",
+    ),
+)
+
+
+def entries() -> list[Entry]:
+    """List every method: kernels, the engine's, objectives, then those of other packages (group ``flowrl.methods``).
+
+    An entry point of that group names a `Method`, as in the engine's catalogue. Raises UserError where two entries of a
+    kind share a key or an entry point is something else.
+    """
+    rows = [*KERNELS, *(_entry(method) for method in (*ADVANTAGE_METHODS, *OBJECTIVE_METHODS))]
+    for name, target in registry.targets("method").items():
+        method = registry.resolve("method", name)
+        if not isinstance(method, Method):
+            raise UserError(
+                f"flowrl.methods entry point {name!r} ({target}): expected a Method, found {type(method).__name__}"
+            )
+        rows.append(_entry(method))
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        if (row.kind, row.key) in seen:
+            raise UserError(f"the {row.kind} {row.key!r} is listed twice; rename one of the two methods")
+        seen.add((row.kind, row.key))
+    return rows
+
+
+def methods_json() -> str:
+    """Write the table as one JSON array."""
+    return json.dumps([asdict(row) for row in entries()], indent=2, ensure_ascii=False)
+
+
+def methods_text() -> str:
+    """Write the table for a terminal: one row a method, its evidence as labels."""
+    rows = [("kind", "key", "tier", "paper", "evidence", "config")]
+    rows += [(r.kind, r.key, str(r.tier), r.paper or "-", ",".join(r.evidence), r.config or "-") for r in entries()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _entry(method: Method) -> Entry:
+    return Entry(
+        method.key, method.kind, method.tier, method.paper_id, method.title, dict(method.evidence), method.config
+    )

@@ -1,0 +1,232 @@
+"""What one iteration of a config will ask of the network: plain arithmetic, no model, no torch.
+
+With B samples in P groups, T schedule steps, K trained steps from step s on, c guidance branches (1 or 2):
+
+    rollout      c (P s + B (T - s)) forwards with a shared prefix, else c B T
+    update       c B K forwards a pass, and as many backwards (B K where only the conditional branch has a gradient)
+    reference    c B K forwards a pass with a KL term, else none
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flowrl.config.schema import Config
+
+# (channels, pixels a latent cell) of families whose latents are [C, H / f, W / f]; other models are asked once loaded.
+_LATENTS = {"sd3": (16, 8), "stable_diffusion": (4, 8)}
+_EMBEDDED = (4, 4)
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Network work an iteration: its least, mean and most over the starts of the window. Samples and calls alike."""
+
+    least: float
+    mean: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Count:
+        return cls(min(values), sum(values) / len(values), max(values))
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.least + other.least, self.mean + other.mean, self.most + other.most)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Samples through the network and the calls they come in."""
+
+    samples: Count
+    calls: Count
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.samples + other.samples, self.calls + other.calls)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Geometry and cost of one iteration. Work with silent groups left out is smaller than update and reference say.
+
+    starts: first step of the window, each equally frequent. stored_bytes: latents kept for the update (x and x_next of
+    each trained transition, and x0), None where the latent shape is not known before the model is loaded.
+    """
+
+    groups: int
+    group_size: int
+    samples: int
+    steps: int
+    window: int
+    starts: tuple[int, ...]
+    branches: int
+    transitions: int
+    updates: int
+    rollout: Work
+    update_forward: Work
+    update_backward: Work
+    reference: Work
+    decode_calls: int
+    reward_samples: int
+    evaluation_pictures: int
+    evaluation_forwards: int
+    stored_bytes: int | None
+
+    @property
+    def forward(self) -> Work:
+        """All forwards of an iteration."""
+        return self.rollout + self.update_forward + self.reference
+
+
+def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
+    """Work out one iteration of ``config``.
+
+    latent_shape: of one latent, without the batch; by default derived from the picture size for the families it is
+    known for. The config is taken as checked.
+    """
+    batch, rollout, objective = config.batch, config.rollout, config.objective
+    branches = 1 if rollout.guidance == 1 else 2
+    window, starts = _window(config)
+    transitions = batch.samples * window
+    update, backward = _update(config, window, branches)
+    none = Work(Count(0, 0, 0), Count(0, 0, 0))
+    evaluation = config.evaluation
+    pictures = evaluation.count * evaluation.per_prompt
+    shape = latent_shape if latent_shape is not None else _latent_shape(config)
+    stored = None
+    if shape is not None:
+        stored = math.prod(shape) * (2 * transitions * _BYTES[rollout.storage_dtype] + batch.samples * _BYTES["fp32"])
+    return Plan(
+        groups=batch.groups,
+        group_size=batch.group_size,
+        samples=batch.samples,
+        steps=rollout.steps,
+        window=window,
+        starts=starts,
+        branches=branches,
+        transitions=transitions,
+        updates=objective.updates * objective.passes,
+        rollout=_rollout(config, starts, branches),
+        update_forward=update,
+        update_backward=backward,
+        reference=none if objective.kl.form == "none" else update,
+        decode_calls=math.ceil(batch.samples / batch.micro_batch),
+        reward_samples=batch.samples * len(config.rewards),
+        evaluation_pictures=pictures,
+        evaluation_forwards=pictures * evaluation.steps * (1 if evaluation.guidance == 1 else 2),
+        stored_bytes=stored,
+    )
+
+
+def _window(config: Config) -> tuple[int, tuple[int, ...]]:
+    """Trained steps a sample, and the possible first steps of the window."""
+    window = config.rollout.window
+    if window.kind == "full":
+        return config.rollout.steps - 1, (0,)  # the last step is deterministic under every kernel
+    return window.size, tuple(range(window.first, window.last + 1))
+
+
+def _rollout(config: Config, starts: Sequence[int], branches: int) -> Work:
+    batch, steps = config.batch, config.rollout.steps
+    shared = starts if config.rollout.share_prefix else [0] * len(starts)
+    prefix_calls = math.ceil(batch.groups / batch.micro_batch)
+    later_calls = math.ceil(batch.samples / batch.micro_batch)
+    return Work(
+        Count.of([branches * (batch.groups * s + batch.samples * (steps - s)) for s in shared]),
+        Count.of([branches * (prefix_calls * s + later_calls * (steps - s)) for s in shared]),
+    )
+
+
+def _update(config: Config, window: int, branches: int) -> tuple[Work, Work]:
+    """Forwards and backwards of all passes: one call for each micro-batch of samples and trained step."""
+    batch, objective = config.batch, config.objective
+    whole, rest = divmod(batch.groups, objective.updates)
+    shares = [(whole + (index < rest)) * batch.group_size for index in range(objective.updates)]
+    samples = objective.passes * batch.samples * window
+    calls = objective.passes * window * sum(math.ceil(share / batch.micro_batch) for share in shares)
+    grad_branches = branches if config.rollout.cfg_gradient == "full" else 1
+    forward = Work(Count.of([branches * samples]), Count.of([branches * calls]))
+    return forward, Work(Count.of([grad_branches * samples]), Count.of([grad_branches * calls]))
+
+
+def _latent_shape(config: Config) -> tuple[int, int, int] | None:
+    model = config.model
+    known = _EMBEDDED if model.path == "embedded" else _LATENTS.get(model.adapter)
+    if known is None:
+        return None
+    channels, factor = known
+    return channels, model.height // factor, model.width // factor
+
+
+def plan_text(config: Config, latent_shape: Sequence[int] | None = None) -> str:
+    """Lay the plan out as text to print: geometry, then network work an iteration, then everything else."""
+    made = plan(config, latent_shape)
+    rows = _geometry(config, made)
+    left = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{left}}  {text}" for name, text in rows]
+    return "\n".join([*lines, "", *_work_table(made), "", *_rest(config, made)])
+
+
+def _geometry(config: Config, made: Plan) -> list[tuple[str, str]]:
+    batch, rollout, objective = config.batch, config.rollout, config.objective
+    if rollout.window.kind == "full":
+        window = f"steps 0 to {made.steps - 2}"
+    else:
+        first, last = made.starts[0], made.starts[-1]
+        where = f"step {first}" if first == last else f"a {rollout.window.kind} step from {first} to {last}"
+        window = f"{made.window} steps from {where}"
+    prefix = "computed once a group" if rollout.share_prefix else "computed for each sample"
+    share = f"{batch.groups / objective.updates:g} groups"
+    return [
+        ("batch", f"{made.groups} groups x {made.group_size} members = {made.samples} samples"),
+        ("micro-batch", f"{batch.micro_batch} samples a network call"),
+        ("schedule", f"{made.steps} steps, kernel {rollout.kernel.name} (noise {rollout.kernel.noise:g})"),
+        ("stochastic", f"{window}; steps before are {prefix}"),
+        ("guidance", f"{rollout.guidance:g}, {made.branches} network branch{'es' if made.branches > 1 else ''}"),
+        ("trained", f"{made.transitions} transitions ({made.window} a sample)"),
+        ("updates", f"{made.updates} ({objective.passes} passes of {objective.updates}, each on {share})"),
+        ("run", f"{config.iterations} iterations, {config.iterations * made.samples:,} pictures"),
+    ]
+
+
+def _work_table(made: Plan) -> list[str]:
+    rows = [
+        ("rollout, forward", made.rollout),
+        ("update, forward", made.update_forward),
+        ("update, backward", made.update_backward),
+        ("reference, forward", made.reference),
+        ("all forwards", made.forward),
+    ]
+    cells = [("network, an iteration", "samples", "calls", "samples a picture")]
+    for name, work in rows:
+        each = f"{work.samples.mean / made.samples:.2f}"
+        cells.append((name, _range(work.samples), _range(work.calls), each))
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4))]).rstrip() for row in cells
+    ]
+
+
+def _range(count: Count) -> str:
+    """A number, or its mean with the range where the window's start moves it."""
+    if count.least == count.most:
+        return f"{count.mean:,.0f}"
+    return f"{count.mean:,.1f} ({count.least:,.0f} to {count.most:,.0f})"
+
+
+def _rest(config: Config, made: Plan) -> list[str]:
+    lines = [
+        f"decode: {made.samples:,} pictures in {made.decode_calls:,} calls; "
+        f"rewards: {made.reward_samples:,} scores from {len(config.rewards)} rewards",
+        f"evaluation: {made.evaluation_pictures:,} pictures, {made.evaluation_forwards:,} forward samples each time",
+    ]
+    if made.stored_bytes is None:
+        lines.append("latents kept for the update: known once the model is loaded")
+    else:
+        lines.append(f"latents kept for the update: {made.stored_bytes / 2**20:,.1f} MiB")
+    if config.objective.skip_silent and config.objective.kl.form == "none":
+        lines.append("groups whose advantages are all zero are left out of the update: its work is at most this")
+    return lines

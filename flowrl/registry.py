@@ -1,0 +1,249 @@
+"""Names of parts: built-in tables of lazy ``module:attr`` strings, entry points of other packages, and files of one's
+own.
+
+Nothing is imported before it is resolved. A name is a registry key, ``package.module:attr``, or
+``path/to/file.py:attr``."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+import traceback
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from flowrl.errors import UserError
+
+PIPELINES: Mapping[str, str] = MappingProxyType(
+    {
+        "sd3": "flowrl.pipelines.sd3:Sd3Adapter",
+        "stable_diffusion": "flowrl.pipelines.stable_diffusion:StableDiffusionAdapter",
+    }
+)
+REWARDS: Mapping[str, str] = MappingProxyType(
+    {
+        "compositional": "flowrl.rewards.compositional:Compositional",
+        "jpeg": "flowrl.rewards.jpeg:JpegSize",
+    }
+)
+ADVANTAGES: Mapping[str, str] = MappingProxyType(
+    {name: f"flowrl.advantage.estimators:{name}" for name in ("grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo")}
+)
+OBJECTIVES: Mapping[str, str] = MappingProxyType({"flow_grpo": "flowrl.objectives.flow_grpo:flow_grpo_loss"})
+KERNELS: Mapping[str, str] = MappingProxyType(
+    {name: f"flowrl.dynamics.kernels:{name}" for name in ("ode", "flow_sde", "dance_sde", "cps", "precise", "ddim")}
+)
+
+_TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(
+    {
+        "pipeline": (PIPELINES, "flowrl.pipelines"),
+        "reward": (REWARDS, "flowrl.rewards"),
+        "advantage": (ADVANTAGES, None),
+        "objective": (OBJECTIVES, None),
+        "kernel": (KERNELS, None),
+        "method": (MappingProxyType({}), "flowrl.methods"),
+    }
+)
+RUNTIME_PARAMETERS = frozenset({"batch", "images", "prompts", "metadata", "group_ids"})
+"""What the scoring runtime itself passes to a reward that is a plain function; never an argument of a config."""
+
+
+def targets(kind: str) -> dict[str, str]:
+    """Map every name of a kind to its ``module:attr``: built-in ones first, then entry points of other packages.
+
+    kind: pipeline, reward, advantage, objective, kernel, method. Raises UserError where two packages claim one name.
+    """
+    table, group = _table(kind)
+    found = dict(table)
+    owners = dict.fromkeys(table, "flowrl")
+    for entry in importlib.metadata.entry_points(group=group) if group else ():
+        owner = entry.dist.name if entry.dist else "an unnamed package"
+        if entry.name in found:
+            raise UserError(
+                f"the {kind} name {entry.name!r} is claimed by {owners[entry.name]} and by {owner}; uninstall one of "
+                "the packages, or rename the entry point"
+            )
+        found[entry.name], owners[entry.name] = entry.value, owner
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """List the names of a kind, sorted, importing none of them."""
+    return sorted(targets(kind))
+
+
+def unknown(kind: str, name: str) -> str:
+    """Say that a name is unknown, with the nearest one and the list."""
+    known = names(kind)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    own = ", package.module:name or path/to/file.py:name" if kind in ("reward", "pipeline") else ""
+    return f"unknown {kind} {name!r}; {hint}Use one of {', '.join(known)}{own}"
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Import what a name stands for and return it (a class or a function; nothing is called).
+
+    Raises UserError for an unknown name, a module or file that is missing or fails to import, and a missing attribute.
+    """
+    known = targets(kind)
+    if name in known:
+        return _load(known[name], name)
+    if ":" in name:
+        return _load(name, name)
+    raise UserError(unknown(kind, name))
+
+
+def check_arguments(kind: str, name: str, args: Mapping[str, Any]) -> list[str]:
+    """Compare keyword arguments with the signature of a plug-in: unknown, missing and mistyped ones, one line each.
+
+    A class is checked by its constructor. A plain function takes RUNTIME_PARAMETERS from the runtime and, without a
+    default, a metadata column of its name, so none of its arguments is missing. Annotations that are not plain types
+    are not checked. Raises UserError where the plug-in cannot be resolved.
+    """
+    parameters, open_ended = _parameters(resolve(kind, name))
+    problems = []
+    for key, value in args.items():
+        if key not in parameters:
+            if not open_ended:
+                problems.append(_unknown_argument(name, key, parameters))
+        elif not _fits(value, parameters[key][0]):
+            problems.append(
+                f"{key}: expected {_type_name(parameters[key][0])}, found {value!r} ({type(value).__name__})"
+            )
+    for key, (_, required) in parameters.items():
+        if required and key not in args:
+            problems.append(f"{key}: missing; {name} needs it")
+    return problems
+
+
+def _table(kind: str) -> tuple[Mapping[str, str], str | None]:
+    if kind not in _TABLES:
+        raise ValueError(f"unknown kind {kind!r}; use {', '.join(_TABLES)}")
+    return _TABLES[kind]
+
+
+def _load(target: str, name: str) -> Any:
+    module_name, _, attribute = target.rpartition(":")
+    if not module_name or not attribute:
+        raise UserError(f"{name!r}: expected package.module:name or path/to/file.py:name")
+    module = _from_file(Path(module_name)) if module_name.endswith(".py") else _from_package(module_name, name)
+    value: Any = module
+    for part in attribute.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError as error:
+            close = difflib.get_close_matches(part, [key for key in dir(value) if not key.startswith("_")], n=1)
+            hint = f"did you mean {close[0]}?" if close else "check its spelling"
+            raise UserError(f"{name}: {module_name} has no {part!r}; {hint}") from error
+    return value
+
+
+def _from_package(module_name: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            file = Path(*module_name.split(".")).with_suffix(".py")
+            advice = f"write {file}:{name.rpartition(':')[2]}" if file.is_file() else "install the package that has it"
+            raise UserError(f"{name}: no module named {error.name!r}; {advice}") from error
+        raise UserError(f"{name}: needs the package {error.name!r}, which is not installed; install it") from error
+    except Exception as error:
+        raise UserError(_import_failure(name, error)) from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Import a Python file once under a name of its own, so that two files called alike do not meet."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path (it is relative to where you run)")
+    full = path.resolve()
+    module_name = f"flowrl_file_{full.stem}_{hashlib.sha256(str(full).encode()).hexdigest()[:12]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, full)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up here
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(_import_failure(str(path), error)) from error
+    return module
+
+
+def _import_failure(name: str, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{name}: line {error.lineno} is not Python ({error.msg}); mend it"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{name}: fails to import: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+
+
+def _parameters(target: Any) -> tuple[dict[str, tuple[Any, bool]], bool]:
+    """Keyword arguments of a plug-in: name to (annotation, required), and whether it takes any others."""
+    is_class = isinstance(target, type)
+    if not is_class and (hasattr(target, "score") or not callable(target)):
+        return {}, False  # an object that is made already
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # written in C without a signature
+        return {}, True
+    annotations = _annotations(target)
+    offered: dict[str, tuple[Any, bool]] = {}
+    open_ended = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            open_ended = is_class
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            continue
+        elif is_class or parameter.name not in RUNTIME_PARAMETERS:
+            required = is_class and parameter.default is parameter.empty
+            offered[parameter.name] = (annotations.get(parameter.name, Any), required)
+    return offered, open_ended
+
+
+def _annotations(target: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(vars(target).get("__init__", target) if isinstance(target, type) else target)
+    except (NameError, TypeError):  # names imported for type checkers alone, callable objects: names are still checked
+        return {}
+
+
+def _unknown_argument(name: str, key: str, parameters: Iterable[str]) -> str:
+    known = list(parameters)
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"{key}: unknown argument of {name}; did you mean {close[0]}?"
+    return f"{key}: unknown argument; {name} takes {', '.join(known) or 'none'}"
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a plain value suits an annotation; True for annotations that this does not know."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in arguments)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if annotation is float:
+        return type(value) in (int, float)
+    if annotation in (bool, int, str):
+        return type(value) is annotation
+    if annotation is type(None):
+        return value is None
+    outer = origin or annotation
+    if outer in (list, tuple, dict):
+        return isinstance(value, dict) if outer is dict else isinstance(value, list | tuple)
+    return True
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

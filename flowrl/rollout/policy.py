@@ -1,0 +1,75 @@
+"""A pipeline with a kernel is a policy: one function gives the transition, for rollout and update alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowrl.dynamics.guidance import guide
+from flowrl.dynamics.interpolants import endpoints
+from flowrl.dynamics.kernels import StepPoint, transition
+from flowrl.protocols import PipelineAdapter
+from flowrl.records import Conditioning, Prediction, Request, Schedule
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Conditioning of both branches; negative is None without guidance."""
+
+    positive: Conditioning
+    negative: Conditioning | None
+
+    def __getitem__(self, rows: Tensor) -> Prompted:
+        return Prompted(self.positive[rows], None if self.negative is None else self.negative[rows])
+
+
+@dataclass(frozen=True)
+class Step:
+    """The Gaussian of one step and the (guided) network output behind it. mean, value: [B, ...]; std: [B, 1, ..., 1]."""
+
+    mean: Tensor
+    std: Tensor
+    value: Tensor
+    point: StepPoint
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An adapter on one schedule, with a kernel for its stochastic steps and guidance.
+
+    cfg_gradient: "full" differentiates both guidance branches, "conditional" detaches the unconditional one.
+    """
+
+    adapter: PipelineAdapter
+    schedule: Schedule
+    kernel: str
+    noise: float
+    guidance: float = 1.0
+    cfg_gradient: Literal["full", "conditional"] = "full"
+
+    def encode(self, requests: Sequence[Request]) -> Prompted:
+        positive = self.adapter.encode(requests)
+        return Prompted(positive, self.adapter.encode(requests, negative=True) if self.guidance != 1 else None)
+
+    def predict(self, x: Tensor, step: Tensor, prompted: Prompted) -> Prediction:
+        """The guided prediction at each sample's own step. x: [B, ...]; step: int64 [B]."""
+        t = self.schedule.t[step]
+        conditional = self.adapter.predict(x, t, prompted.positive)
+        if prompted.negative is None:
+            return conditional
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cfg_gradient == "full"):
+            unconditional = self.adapter.predict(x, t, prompted.negative)
+        value = guide(conditional.value, unconditional.value, self.guidance, self.adapter.guidance_rule)
+        return replace(conditional, value=value)
+
+    def step(self, x: Tensor, step: Tensor, prompted: Prompted, kernel: str | None = None) -> Step:
+        """The transition from x at ``step``, by this policy's kernel or the named one."""
+        prediction = self.predict(x, step, prompted)
+        point = StepPoint.of(self.schedule, step, x.ndim)
+        x0_hat, x1_hat = endpoints(x, prediction.value, prediction.kind, point.alpha, point.sigma)
+        mean, std = transition(kernel or self.kernel, self.noise, x, x0_hat, x1_hat, point)
+        return Step(mean, std, prediction.value, point)

@@ -1,0 +1,88 @@
+"""From a checked config to the parts of a run: prompts first, rewards next, the model last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl import registry, rng
+from flowrl.config.schema import Config, RewardEntry
+from flowrl.data.prompts import read_prompts
+from flowrl.distributed.backend import Backend
+from flowrl.protocols import PipelineAdapter
+from flowrl.records import PromptRow
+from flowrl.scoring.runtime import RewardRuntime
+from flowrl.training.trainer import Trainer
+from flowrl.training.update import Reference
+from flowrl.training.weights import Weights, snapshot_reference
+from flowrl.worlds.prompts import evaluation_rows, tag_weights, world_rows
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A trainer and what evaluation needs beside it."""
+
+    trainer: Trainer
+    evaluation_rewards: RewardRuntime
+    evaluation_prompts: Sequence[PromptRow]
+    reference: Reference
+
+
+def training_prompts(config: Config) -> tuple[list[PromptRow], list[float] | None]:
+    """The rows to train on and how likely each is drawn (None: one pass after another)."""
+    if config.data.prompts.startswith("world/"):
+        rows = world_rows(config.data.prompts, "train")
+        return rows, tag_weights(rows)
+    return read_prompts(Path(config.data.prompts), config.data.format), None
+
+
+def held_out_prompts(config: Config) -> list[PromptRow]:
+    """The evaluation prompts: a stratified pick of the world's held-out sentences, or the first rows of a file."""
+    settings = config.evaluation
+    if settings.prompts.startswith("world/"):
+        return evaluation_rows(settings.count, settings.seed, settings.prompts)
+    return read_prompts(Path(settings.prompts), settings.format)[: settings.count]
+
+
+def evaluation_rewards(config: Config, training: RewardRuntime) -> RewardRuntime:
+    """The evaluation's own rewards, or those of training where it names none."""
+    if not config.evaluation.rewards:
+        return training
+    entries: tuple[RewardEntry, ...] = config.evaluation.rewards
+    return RewardRuntime(entries, config.failures)
+
+
+def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
+    """Load the model and make its trained part ready: LoRA beside frozen weights, or all weights in float32."""
+    model = config.model
+    half = model.dtype == "bf16"
+    family: Any = registry.resolve("pipeline", model.adapter)
+    adapter = family.load(model.path, torch.bfloat16 if half and model.train == "lora" else torch.float32, device)
+    if model.train == "lora":
+        adapter.add_lora(model.lora.rank, model.lora.alpha, model.lora.targets, rng.key(config.seed, 0, stream="initial"))
+    else:
+        adapter.trainable().requires_grad_(True)
+        if half:
+            adapter.autocast_dtype = torch.bfloat16
+    return adapter  # type: ignore[no-any-return]
+
+
+def build(config: Config, backend: Backend) -> Parts:
+    """Make a trainer. Prompts and rewards are read before the model, so that their errors come first."""
+    rows, row_weights = training_prompts(config)
+    held_out = held_out_prompts(config)
+    rewards = RewardRuntime(config.rewards, config.failures)
+    judged_by = evaluation_rewards(config, rewards)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    adapter = load_adapter(config, backend.device)
+    if config.model.train == "lora":
+        reference: Reference = adapter.lora_off
+    else:
+        reference = snapshot_reference(Weights(adapter.trainable()))
+    trainer = Trainer(config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend)
+    return Parts(trainer, judged_by, held_out, reference)

@@ -1,0 +1,86 @@
+"""Numbers of one iteration, under the names of the run directory's contract."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowrl.advantage import Advantage
+from flowrl.distributed.backend import Backend
+from flowrl.objectives.flow_grpo import LossTerms, merge_terms
+from flowrl.scoring.runtime import Scored
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """bool [B] on CPU: which samples have only finite elements."""
+    return torch.isfinite(x).flatten(1).all(1).cpu()
+
+
+def _mean(values: Tensor, mask: Tensor, backend: Backend) -> float | None:
+    total, count = (float(backend.total(v)) for v in (values[mask].double().sum(), mask.double().sum()))
+    return total / count if count else None
+
+
+def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str, Any]:
+    """Means over the valid samples of all processes, and how much signal the groups carry."""
+    valid = torch.from_numpy(scored.valid)
+    row: dict[str, Any] = {"score/mean": _mean(torch.from_numpy(scored.scores), valid, backend)}
+    for name, result in scored.per_reward.items():
+        mask = torch.from_numpy(result.valid)
+        row[f"reward/{name}/mean"] = _mean(torch.from_numpy(result.scores), mask, backend)
+        row[f"reward/{name}/invalid"] = int(backend.total((~mask).sum()))
+        for part, values in result.components.items():
+            have = mask & torch.from_numpy(np.isfinite(values))
+            row[f"reward/{name}/{part}"] = _mean(torch.from_numpy(values), have, backend)
+    row["score/invalid"] = int(backend.total((~valid).sum()))
+    trained = credit.loss_mask
+    row["group/live_fraction"] = float(credit.live[trained].float().mean()) if bool(trained.any()) else 0.0
+    row["group/std_mean"] = float(credit.group_std[trained].mean()) if bool(trained.any()) else None
+    return row
+
+
+def of_update(seen: Sequence[tuple[int, LossTerms]], norms: Sequence[float], lr: float, updates: int) -> dict[str, Any]:
+    """Loss, ratio, clipping and KL over all updates of an iteration, and ratio and clipping by step."""
+    if not seen:
+        return {"update/steps": 0, "optimizer/lr": lr}
+    whole = merge_terms([terms for _, terms in seen])
+    row: dict[str, Any] = {
+        "policy/loss": _number(whole.loss / updates),
+        "policy/kl": _number(whole.kl / updates),
+        "policy/ratio_mean": _number(whole.ratio_mean),
+        "policy/ratio_max_deviation": _number(whole.ratio_max_deviation),
+        "policy/clip_fraction": _number(whole.clip_fraction),
+        "policy/approx_kl": _number(whole.approx_kl),
+        "optimizer/grad_norm": _number(torch.tensor(norms).mean()),
+        "optimizer/lr": lr,
+        "update/steps": updates,
+    }
+    by_step: dict[int, list[LossTerms]] = defaultdict(list)
+    for step, terms in seen:
+        by_step[step].append(terms)
+    for step, parts in sorted(by_step.items()):
+        merged = merge_terms(parts)
+        row[f"policy/ratio_mean/step_{step}"] = _number(merged.ratio_mean)
+        row[f"policy/clip_fraction/step_{step}"] = _number(merged.clip_fraction)
+    return row
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return number if np.isfinite(number) else None
+
+
+def of_memory() -> dict[str, float]:
+    """Peak resident memory of this process in MB, and of the device where there is one."""
+    scale = 1024 if sys.platform != "darwin" else 1024 * 1024
+    row = {"memory/rss_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale}
+    if torch.cuda.is_available():
+        row["memory/device_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row

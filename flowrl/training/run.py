@@ -1,0 +1,207 @@
+"""A run directory from start to report: loop, checkpoints, stop signals, evaluation."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl import __version__
+from flowrl.checkpoint import store
+from flowrl.checkpoint.signals import StopSignals
+from flowrl.config.render import config_hash, to_mapping, to_yaml
+from flowrl.config.schema import Config
+from flowrl.errors import UserError
+from flowrl.evaluation.grids import save_grids
+from flowrl.evaluation.paired import Evaluated, evaluate
+from flowrl.evaluation.report import write_report
+from flowrl.evaluation.statistics import bootstrap_mean, summarise
+from flowrl.tracking import open_trackers
+from flowrl.tracking.jsonl import JsonLines, cut_after
+from flowrl.tracking.progress import Progress
+from flowrl.training.build import Parts
+
+Callback = Callable[[int, Mapping[str, Any]], None]
+MAX_FAILED_SAVES = 3
+
+
+class Run:
+    """Drives the parts of one run in its folder. write: takes a line of text for the user."""
+
+    def __init__(
+        self, config: Config, parts: Parts, folder: Path, command: str, write: Callable[[str], object],
+        callbacks: Sequence[Callback] = (),
+    ) -> None:  # fmt: skip
+        self.config, self.parts, self.folder, self.command = config, parts, folder, command
+        self.write, self.callbacks = write, callbacks
+        self.trainer = parts.trainer
+        self.failed_saves = 0
+        self.rolled_back = False
+
+    # -- beginning -------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Write the resolved config into a new folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = f"# flowrl {__version__}: {self.command}\n{to_yaml(self.config)}"
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+
+    def restore(self, loaded: store.Loaded) -> None:
+        """Go on from a verified checkpoint; rows written after it are cut."""
+        for warning in loaded.warnings:
+            self.write(f"warning: {warning}")
+        self.trainer.load_state(loaded.state)
+        self.cut(self.trainer.iteration)
+
+    def cut(self, iteration: int) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_after(self.folder / name, iteration)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def go(self) -> int:
+        """Train to the end, evaluate, report. Returns 0, or the exit code of a stop signal (143, 130)."""
+        config, trainer = self.config, self.trainer
+        trackers = open_trackers(self.folder, config.tracking.tensorboard, start=trainer.iteration + 1)
+        with (
+            StopSignals() as stop,
+            JsonLines(self.folder / "metrics.jsonl") as log,
+            Progress(
+                config.iterations, write=self.write, start=trainer.iteration, enabled=config.tracking.progress
+            ) as progress,
+        ):
+            if trainer.iteration == 0 and config.evaluation.every:
+                log.write({"iteration": 0, **self.quick_evaluation(progress)})
+            while trainer.iteration < config.iterations:
+                progress.phase("training")
+                row = trainer.iterate()
+                if trainer.skipped.hopeless:
+                    self.roll_back(progress)
+                    continue
+                if config.evaluation.every and trainer.iteration % config.evaluation.every == 0:
+                    row |= self.quick_evaluation(progress)
+                log.write(row)
+                for tracker in trackers:
+                    tracker.scalars(row, trainer.iteration)
+                for callback in self.callbacks:
+                    callback(trainer.iteration, row)
+                progress.advance(row["score/mean"], self.note(row))
+                ended = trainer.iteration == config.iterations
+                if stop.requested or ended or self.due(config.checkpoint.every):
+                    self.save(progress, must=bool(stop.requested) or ended)
+                if stop.requested:
+                    progress.message(f"stopped at iteration {trainer.iteration}; go on with: flowrl train --resume {self.folder}")
+                    return stop.exit_code
+            for tracker in trackers:
+                tracker.close()
+            self.finish(progress)
+            return stop.exit_code
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.trainer.iteration % every == 0
+
+    @staticmethod
+    def note(row: Mapping[str, Any]) -> str:
+        return f"held-out {row['eval/strict']:.3f}" if row.get("eval/strict") is not None else ""
+
+    def save(self, progress: Progress, *, must: bool) -> None:
+        """Write a checkpoint. A full disk keeps the old one and is tried again, up to three times running."""
+        info = {"config": config_hash(self.config), "flowrl": __version__, "torch": torch.__version__, "command": self.command}
+        try:
+            store.save(
+                self.folder / "checkpoints", self.trainer.iteration, self.trainer.state(),
+                info=info, keep=self.config.checkpoint.keep,
+            )  # fmt: skip
+            self.failed_saves = 0
+        except store.CheckpointWriteError as error:
+            self.failed_saves += 1
+            if must or self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            progress.message(f"warning: {error} Training goes on; the checkpoint is tried again at the next one.")
+
+    def roll_back(self, progress: Progress) -> None:
+        """After several updates in a row that were not finite: back to the last checkpoint with fresh noise, once a run."""
+        reason = f"{self.trainer.skipped.consecutive} updates in a row had a gradient that is not finite"
+        root = self.folder / "checkpoints"
+        if self.rolled_back or not store.list_checkpoints(root):
+            raise UserError(
+                f"{reason}, at iteration {self.trainer.iteration}; the weights were left as they were. Lower optimizer.lr, "
+                "use model.dtype=fp32, or look for a reward or prompt that makes latents overflow."
+            )
+        progress.message(f"warning: {reason}; going back to the last checkpoint with fresh noise")
+        restarts = self.trainer.restarts + 1
+        self.restore(store.load(root))
+        self.trainer.restarts, self.rolled_back = restarts, True
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, which: str, prompts: Sequence[Any]) -> Evaluated:
+        return evaluate(
+            self.config, self.trainer.adapter, self.parts.evaluation_rewards, prompts, which, self.trainer.iteration
+        )
+
+    def quick_evaluation(self, progress: Progress) -> dict[str, Any]:
+        """Means with intervals over the first ``evaluation.quick`` prompts, with the averaged weights."""
+        progress.phase("evaluation")
+        with self.trainer.weights.averaged():
+            rows = self.evaluate("checkpoint", self.parts.evaluation_prompts[: self.config.evaluation.quick]).rows
+        found: dict[str, Any] = {}
+        columns = {"strict": [r["strict"] for r in rows], "score": [r["score"] for r in rows]}
+        for name, values in columns.items():
+            known = [(float(v), r["prompt_id"]) for v, r in zip(values, rows, strict=True) if v is not None]
+            if known:
+                interval = bootstrap_mean(*(list(c) for c in zip(*known, strict=True)), seed=0)
+                found |= {f"eval/{name}": interval.mean, f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
+        return found
+
+    def finish(self, progress: Progress) -> None:
+        """Evaluate base and tuned weights, write samples, grids, evaluation.json, the export and the report."""
+        self.export()
+        progress.phase("evaluating the base")
+        with self.parts.reference():
+            base = self.evaluate("base", self.parts.evaluation_prompts)
+        progress.phase("evaluating the tuned model")
+        with self.trainer.weights.averaged():
+            tuned = self.evaluate("tuned", self.parts.evaluation_prompts)
+        self.write_evaluation(base, tuned)
+        progress.phase("report")
+        write_report([self.folder])
+
+    def write_evaluation(self, base: Evaluated, tuned: Evaluated) -> None:
+        """samples.jsonl, grids/*.png and evaluation.json from two evaluations of the same prompts and noise."""
+        samples = self.folder / "samples.jsonl"
+        samples.unlink(missing_ok=True)
+        with JsonLines(samples) as log:
+            for row in (*base.rows, *tuned.rows):
+                log.write(row)
+        main = [[r["score"] for r in side.rows] for side in (base, tuned)]
+        save_grids(
+            self.folder / "grids", base.images, tuned.images, [r["prompt"] for r in base.rows], *main,
+            limit=self.config.evaluation.grid,
+        )  # fmt: skip
+        evaluation = {
+            "command": self.command, "version": __version__, "seed": self.config.seed,
+            "iteration": self.trainer.iteration, "machine": machine(),
+            "settings": to_mapping(self.config)["evaluation"], **summarise([*base.rows, *tuned.rows]),
+        }  # fmt: skip
+        (self.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1, allow_nan=False), encoding="utf-8")
+
+    def export(self) -> None:
+        """Write the averaged weights to export/, as diffusers loads them."""
+        folder = self.folder / "export"
+        folder.mkdir(exist_ok=True)
+        with self.trainer.weights.averaged():
+            self.trainer.adapter.export(str(folder))
+
+
+def machine() -> dict[str, Any]:
+    """What a recorded result says of where it came from: class, not name."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device, "architecture": platform.machine(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip

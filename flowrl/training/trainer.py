@@ -1,0 +1,262 @@
+"""The trainer: one iteration is draw, roll out, score, assign credit, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl import rng
+from flowrl.advantage import drop_thin_groups, estimate
+from flowrl.config.schema import Config
+from flowrl.data.sampler import Drawn, draw_groups
+from flowrl.distributed.backend import Backend
+from flowrl.dynamics.kernels import check_kernel
+from flowrl.dynamics.windows import stochastic_steps
+from flowrl.objectives.flow_grpo import LossTerms
+from flowrl.performance.counting import CallCounter
+from flowrl.performance.timers import Stopwatch
+from flowrl.protocols import PipelineAdapter
+from flowrl.records import PromptRow, Request, RewardBatch, Schedule, Trajectory
+from flowrl.rollout.policy import Policy, Prompted
+from flowrl.rollout.sampling import Groups, RolloutPlan, concatenate, rollout
+from flowrl.scoring.runtime import RewardRuntime, Scored, join
+from flowrl.training import metrics
+from flowrl.training.guards import SkippedUpdates, self_check
+from flowrl.training.update import Reference, TrainingBatch, accumulate, chunks, reference_values
+from flowrl.training.weights import Weights
+
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One process's rollout with its scores; ``row`` maps samples to rows of ``prompted``."""
+
+    trajectory: Trajectory
+    prompted: Prompted
+    row: Tensor
+    scored: Scored
+    first_chunk: Tensor
+
+
+class Trainer:
+    """Flow-GRPO on any adapter. ``iterate`` does one iteration and returns its metrics; the rest is state.
+
+    rows: the prompts; row_weights: how likely each is drawn (None: one pass after another). reference: a context manager
+    within which the network is the reference policy.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        adapter: PipelineAdapter,
+        rewards: RewardRuntime,
+        rows: Sequence[PromptRow],
+        *,
+        row_weights: Sequence[float] | None = None,
+        reference: Reference | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        self.config, self.adapter, self.rewards, self.rows = config, adapter, rewards, rows
+        self.row_weights, self.reference = row_weights, reference
+        self.backend = backend or Backend()
+        self.iteration = self.updates = self.restarts = 0
+        self.skipped = SkippedUpdates()
+        self.weights = Weights(adapter.trainable(), config.ema.decay, config.ema.every)
+        o = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.weights.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
+        )
+        kernel = config.rollout.kernel
+        schedule = adapter.schedule(config.rollout.steps, self._request(rows[0]))
+        check_kernel(kernel.name, kernel.noise, schedule)
+        on_device = Schedule(*(v.to(adapter.device) for v in (schedule.t, schedule.alpha, schedule.sigma)))
+        self.policy = Policy(
+            adapter, on_device, kernel.name, kernel.noise, config.rollout.guidance, config.rollout.cfg_gradient
+        )
+        self.counter, self.clock = CallCounter(adapter.trainable()), Stopwatch()
+        self._checked = False
+
+    @property
+    def seed(self) -> int:
+        """The run's seed; a rollback after bad updates moves on to fresh noise."""
+        return self.config.seed + (self.restarts << 32)
+
+    # -- one iteration ---------------------------------------------------------------------------------------------
+
+    def iterate(self) -> dict[str, Any]:
+        """Do one iteration; returns the metrics row (design section 4)."""
+        self.clock.reset()
+        self.counter.reset()
+        drawn = draw_groups(self.seed, self.iteration, self.config.batch.groups, len(self.rows), self.row_weights)
+        collected = self._collect(drawn)
+        row: dict[str, Any] = {"iteration": self.iteration + 1}
+        with self.clock.phase("advantage"):
+            batch, credit = self._credit(collected)
+            row |= metrics.of_rewards(collected.scored, credit, self.backend)
+        if not self._checked:
+            self._self_check(batch, collected.first_chunk)
+        row |= self._train(batch)
+        self.iteration += 1
+        row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory()
+        row |= {"update/skipped": self.skipped.total, "update/count": self.updates}
+        return row
+
+    def _request(self, row: PromptRow) -> Request:
+        model = self.config.model
+        return Request(row.prompt, row.prompt_id, model.height, model.width, metadata=row.metadata)
+
+    def _collect(self, drawn: Sequence[Drawn]) -> Collected:
+        config = self.config
+        mine = [drawn[i] for i in self.backend.share(len(drawn))]
+        requests = [self._request(self.rows[d.prompt_id]) for d in mine]
+        window = config.rollout.window
+        steps = stochastic_steps(
+            window.kind, window.size, window.first, window.last, window.every,
+            config.rollout.steps, self.iteration, self.seed,
+        )  # fmt: skip
+        with self.clock.phase("encode"):
+            prompted = self.policy.encode(requests)
+        ids = [torch.tensor([getattr(d, name) for d in mine]) for name in ("prompt_id", "occurrence", "group_id")]
+        groups = Groups(*ids, prompted=prompted, size=config.batch.group_size)
+        plan = RolloutPlan(
+            shape=self.adapter.latent_shape(requests[0]), steps=steps, shared=config.rollout.share_prefix,
+            chunk=config.batch.micro_batch, storage_dtype=STORAGE[config.rollout.storage_dtype],
+            reduction=config.objective.log_prob_reduction, seed=self.seed, iteration=self.iteration,
+            policy_version=self.updates,
+        )  # fmt: skip
+        parts, pending, row = [], [], torch.arange(len(mine)).repeat_interleave(groups.size)
+        made = rollout(self.policy, groups, plan)
+        while True:
+            with self.clock.phase("rollout"):
+                part = next(made, None)
+            if part is None:
+                break
+            start = sum(len(p) for p in parts)
+            parts.append(part)
+            pending.append(self._submit(part, [requests[i] for i in row[start : start + len(part)].tolist()]))
+        with self.clock.phase("reward"):
+            scored = join([p.result() for p in pending])
+        trajectory = concatenate(parts)
+        scored = replace(scored, valid=scored.valid & metrics.finite_rows(trajectory.x0).numpy())
+        self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.valid)).numpy())
+        return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])))
+
+    def _submit(self, part: Trajectory, requests: Sequence[Request]) -> Any:
+        with self.clock.phase("decode"):
+            images = self.adapter.decode(part.x0, requests[0])
+            # A latent that is not finite shows as black; its sample is masked by finite_rows.
+            pixels = (images.nan_to_num(0.0) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        with self.clock.phase("reward"):
+            return self.rewards.submit(
+                RewardBatch(
+                    images=pixels, prompts=[r.prompt for r in requests], metadata=[r.metadata for r in requests],
+                    group_ids=part.group_id.tolist(), latents=part.x0,
+                )  # fmt: skip
+            )
+
+    def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:
+        """Advantages from all processes' scores, cut back to this process's samples."""
+        config, trajectory = self.config, collected.trajectory
+        scores = self.backend.gather(torch.from_numpy(collected.scored.scores).double())
+        valid = self.backend.gather(torch.from_numpy(collected.scored.valid))
+        group = self.backend.gather(trajectory.group_id)
+        valid = drop_thin_groups(valid, group, config.failures.min_valid)
+        a = config.advantage
+        credit = estimate(a.name, scores, group, valid, ddof=a.ddof, eps=a.eps, clip=a.clip)
+        mine = slice(self.backend.rank * len(trajectory), (self.backend.rank + 1) * len(trajectory))
+        part = (trajectory.group_id - trajectory.group_id.min()) * config.objective.updates
+        local = part // (config.batch.groups // self.backend.world)
+        return TrainingBatch(
+            trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.loss_mask[mine], local
+        ), credit
+
+    def _self_check(self, batch: TrainingBatch, rows: Tensor) -> None:
+        before = replace(self.counter.counts)
+        with self.clock.phase("self_check"):
+            exact = self.adapter.device.type == "cpu" and self.config.model.dtype == "fp32"
+            self_check(self.policy, batch, rows, exact)
+        self.counter.counts = before
+        self._checked = True
+
+    def _train(self, batch: TrainingBatch) -> dict[str, Any]:
+        objective, size = self.config.objective, self.config.batch.micro_batch
+        with_kl = objective.kl.form != "none"
+        skip = objective.skip_silent and not with_kl
+        steps = int(batch.trajectory.trained_mask[0].sum())
+        parts = [chunks(batch, m, size, skip) for m in range(objective.updates)]
+        references: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{} for _ in parts]
+        if with_kl:
+            if self.reference is None:
+                raise ValueError("objective.kl: this trainer was built without a reference policy")
+            with self.clock.phase("reference"):
+                references = [reference_values(self.policy, batch, p, steps, self.reference) for p in parts]
+        seen: list[tuple[int, LossTerms]] = []
+        norms: list[float] = []
+        for _ in range(objective.passes):
+            for m, rows in enumerate(parts):
+                live = batch.mask & (batch.minibatch == m)
+                count = self.backend.total(live.sum())
+                signal = self.backend.total((live & (batch.advantage != 0)).sum())
+                if not int(count) or not (with_kl or int(signal)):
+                    continue  # nothing to learn from: an optimizer step would only spend momentum
+                weight = live.float() / (int(count) * steps)
+                with self.clock.phase("update"):
+                    seen += accumulate(self.policy, objective, batch, rows, weight, references[m])
+                with self.clock.phase("optimizer"):
+                    norms.append(self._step())
+        return metrics.of_update(seen, norms, self.optimizer.param_groups[0]["lr"], max(1, len(norms)))
+
+    def _step(self) -> float:
+        """Clip, check, step, average; returns the gradient norm. A norm that is not finite changes no weight."""
+        parameters, o = self.weights.parameters, self.config.optimizer
+        self.backend.add_gradients(parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
+        finite = norm == norm and norm != float("inf")
+        self.skipped.note(finite)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.updates)
+            self.optimizer.step()
+            self.updates += 1
+            self.weights.average(self.updates)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as nested tensors and numbers."""
+        return {
+            **self.weights.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {
+                "iteration": self.iteration, "updates": self.updates, "restarts": self.restarts,
+                "skipped": self.skipped.state(),
+            },
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.weights.load(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        progress = state["progress"]
+        self.iteration, self.updates, self.restarts = (progress[k] for k in ("iteration", "updates", "restarts"))
+        self.skipped.load(progress["skipped"])
+        self._checked = False
+
+
+def learning_rate(config: Config, update: int) -> float:
+    """Rate of update number ``update`` (from 0): warm-up times constant, or times a linear fall to 0 over the run."""
+    o = config.optimizer
+    total = config.iterations * config.objective.updates * config.objective.passes
+    rate = o.lr * min(1.0, (update + 1) / o.warmup) if o.warmup else o.lr
+    return rate * max(0.0, 1 - update / total) if o.schedule == "linear" else rate
+
+
+def evaluation_key(seed: int, prompt_id: int, member: int) -> int:
+    """The key of an evaluation sample's start noise: the same for every checkpoint."""
+    return rng.key(seed, 0, prompt_id, member=member, stream="evaluation")

@@ -1,0 +1,110 @@
+"""The update: from trajectories and advantages to optimizer steps.
+
+Gradients add up over chunks of samples and over steps; each loss term carries 1 / (trained transitions of the whole
+minibatch), so neither the micro-batch nor the process count changes the gradient beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowrl.config.schema import Objective
+from flowrl.dynamics.log_prob import log_prob, reference_kl
+from flowrl.objectives.flow_grpo import LossTerms, flow_grpo_loss
+from flowrl.records import Trajectory
+from flowrl.rollout.policy import Policy, Prompted
+
+Reference = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One rollout ready to be trained on. advantage: float32 [B]; mask: bool [B], samples with a reward.
+
+    row: int64 [B], the row of ``prompted`` that belongs to each sample; minibatch: int64 [B], the update it belongs to.
+    """
+
+    trajectory: Trajectory
+    prompted: Prompted
+    row: Tensor
+    advantage: Tensor
+    mask: Tensor
+    minibatch: Tensor
+
+
+def replay_log_prob(policy: Policy, batch: TrainingBatch, rows: Tensor, k: int) -> Tensor:
+    """Log-prob of the stored transitions number ``k`` of samples ``rows`` under the present weights: float32 [N]."""
+    x, x_next, step = _transition(batch.trajectory, rows, k)
+    made = policy.step(x, step, batch.prompted[batch.row[rows]])
+    return log_prob(x_next, made.mean, made.std, batch.trajectory.log_prob_reduction)
+
+
+def _transition(trajectory: Trajectory, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    if trajectory.x is None or trajectory.x_next is None or trajectory.step is None:
+        raise ValueError("update: this trajectory holds no transitions; use a kernel with noise and a window")
+    return trajectory.x[rows, k].float(), trajectory.x_next[rows, k], trajectory.step[rows, k]
+
+
+def chunks(batch: TrainingBatch, minibatch: int, size: int, skip_silent: bool) -> list[Tensor]:
+    """Row indices of one minibatch in calls of ``size``; with ``skip_silent`` only rows that carry a gradient."""
+    chosen = batch.mask & (batch.minibatch == minibatch)
+    if skip_silent:
+        chosen = chosen & (batch.advantage != 0)
+        return list(chosen.nonzero().flatten().split(size))
+    # Whole chunks as the rollout made them: equal batch shapes give equal numbers, and masked rows weigh nothing.
+    rows = (batch.minibatch == minibatch).nonzero().flatten()
+    return [part for part in rows.split(size) if bool(chosen[part].any())]
+
+
+@torch.no_grad()
+def reference_values(
+    policy: Policy, batch: TrainingBatch, parts: Sequence[Tensor], steps: int, reference: Reference
+) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    """(mean, value) of the reference policy for every part and step; once a rollout, whatever the number of passes."""
+    found = {}
+    with reference():
+        for number, rows in enumerate(parts):
+            prompted = batch.prompted[batch.row[rows]]
+            for k in range(steps):
+                x, _, step = _transition(batch.trajectory, rows, k)
+                made = policy.step(x, step, prompted)
+                found[number, k] = (made.mean, made.value)
+    return found
+
+
+def accumulate(
+    policy: Policy,
+    objective: Objective,
+    batch: TrainingBatch,
+    parts: Sequence[Tensor],
+    weight: Tensor,
+    references: dict[tuple[int, int], tuple[Tensor, Tensor]],
+) -> Iterator[tuple[int, LossTerms]]:
+    """Add the gradients of one minibatch to the parameters; yield (step of the schedule, terms) for each call.
+
+    weight: float32 [B], 1 / (trained transitions of the minibatch over all processes), 0 for masked samples.
+    """
+    trajectory = batch.trajectory
+    if trajectory.old_log_prob is None or trajectory.step is None:
+        raise ValueError("update: this trajectory holds no log-probs; forward-process methods have updates of their own")
+    for number, rows in enumerate(parts):
+        prompted = batch.prompted[batch.row[rows]]
+        for k in range(trajectory.old_log_prob.shape[1]):
+            x, x_next, step = _transition(trajectory, rows, k)
+            made = policy.step(x, step, prompted)
+            now = log_prob(x_next, made.mean, made.std, trajectory.log_prob_reduction)
+            kl = None
+            if objective.kl.form != "none":
+                mean_ref, value_ref = references[number, k]
+                kl = reference_kl(objective.kl.form, made.mean, mean_ref, made.std, made.point, made.value, value_ref)
+            terms = flow_grpo_loss(
+                now, trajectory.old_log_prob[rows, k].to(now.device), batch.advantage[rows].to(now.device),
+                objective.clip_range, kl, objective.kl.weight, weight[rows].to(now.device),
+            )  # fmt: skip
+            terms.loss.backward()  # type: ignore[no-untyped-call]
+            yield int(step[0]), terms

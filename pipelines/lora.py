@@ -1,0 +1,48 @@
+"""LoRA on any diffusers network: add, switch off, read, write. peft is imported here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def add_lora(module: torch.nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Freeze ``module`` and add float32 LoRA layers to the linear layers whose names end in ``targets``.
+
+    The added update is (alpha / rank) B A x with B = 0, so the network's output does not change; A is drawn from ``seed``.
+    """
+    from peft import LoraConfig
+
+    module.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.add_adapter(config)  # type: ignore[operator]
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def lora_off(module: torch.nn.Module) -> Iterator[None]:
+    """Run the network without its LoRA layers: the reference policy, at no memory cost."""
+    module.disable_adapters()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        module.enable_adapters()  # type: ignore[operator]
+
+
+def save_lora(pipeline_class: Any, module_name: str, module: torch.nn.Module, folder: str) -> None:
+    """Write ``pytorch_lora_weights.safetensors`` with rank and alpha, so that ``load_lora_weights(folder)`` takes it."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(module).items()}
+    layers = {f"{module_name}_lora_layers": convert_state_dict_to_diffusers(state)}
+    metadata = _collate_lora_metadata({module_name: module})
+    pipeline_class.save_lora_weights(folder, safe_serialization=True, **layers, **metadata)
