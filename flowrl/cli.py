@@ -90,7 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "items", nargs="*", metavar="CONFIG key=value", help="a YAML file or a shipped recipe, then overrides"
+        "items",
+        nargs="*",
+        default=[],
+        metavar="CONFIG key=value",
+        help="a YAML file or a shipped recipe, then overrides",
     )
     parser.add_argument("--resume", metavar="RUN", help="continue the run of this folder; takes no CONFIG")
 
@@ -99,7 +103,9 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="RUN|CONFIG", help="a run's folder (base against tuned), or a recipe (base alone)"
     )
-    parser.add_argument("items", nargs="*", metavar="key=value", help="overrides, as in evaluation.count=100")
+    parser.add_argument(
+        "items", nargs="*", default=[], metavar="key=value", help="overrides, as in evaluation.count=100"
+    )
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +117,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="CONFIG", help="a YAML file or a shipped recipe")
-    parser.add_argument("items", nargs="*", metavar="key=value", help="overrides")
+    parser.add_argument("items", nargs="*", default=[], metavar="key=value", help="overrides")
 
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +133,7 @@ def _rewards_arguments(parser: argparse.ArgumentParser) -> None:
         "probe", help="score the embedded world's own pictures with one reward, good ones and bad ones"
     )
     probe.add_argument("name", metavar="NAME", help="a registry key, package.module:name, or path/to/file.py:name")
-    probe.add_argument("items", nargs="*", metavar="key=value", help="arguments of the reward")
+    probe.add_argument("items", nargs="*", default=[], metavar="key=value", help="arguments of the reward")
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +183,7 @@ def _train(args: argparse.Namespace) -> int:
         _load(str(folder / "config.yaml"), args.items)
         from flowrl import api
 
-        path = api.resume(folder, args.items)
+        run = api.resume(folder, args.items)
     else:
         if not args.items or "=" in args.items[0]:
             raise UserError(
@@ -186,8 +192,8 @@ def _train(args: argparse.Namespace) -> int:
         config = _load(args.items[0], args.items[1:])
         from flowrl import api
 
-        path = api.train(config, command=shlex.join(["flowrl", *args.words]))
-    _write(f"run: {path}")
+        run = api.train(config, command=shlex.join(["flowrl", *args.words]))
+    _write(run.text())
     return 0
 
 
@@ -196,7 +202,7 @@ def _eval(args: argparse.Namespace) -> int:
     _load(str(_run_folder(args.source) / "config.yaml") if is_run else args.source, args.items)
     from flowrl import api
 
-    _write(str(api.evaluate(args.source, args.items)))
+    _write(api.evaluate(args.source, args.items))
     return 0
 
 

@@ -84,9 +84,9 @@ def unknown(kind: str, name: str) -> str:
     """Say that a name is unknown, with the nearest one and the list."""
     known = names(kind)
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    advice = f"did you mean {close[0]}? Known are" if close else "use one of"
     own = ", package.module:name or path/to/file.py:name" if kind in ("reward", "pipeline") else ""
-    return f"unknown {kind} {name!r}; {hint}Use one of {', '.join(known)}{own}"
+    return f"unknown {kind} {name!r}; {advice} {', '.join(known)}{own}"
 
 
 def resolve(kind: str, name: str) -> Any:
@@ -155,7 +155,7 @@ def _from_package(module_name: str, name: str) -> ModuleType:
             file = Path(*module_name.split(".")).with_suffix(".py")
             advice = f"write {file}:{name.rpartition(':')[2]}" if file.is_file() else "install the package that has it"
             raise UserError(f"{name}: no module named {error.name!r}; {advice}") from error
-        raise UserError(f"{name}: needs the package {error.name!r}, which is not installed; install it") from error
+        raise UserError(_import_failure(name, error)) from error
     except Exception as error:
         raise UserError(_import_failure(name, error)) from error
 
@@ -182,10 +182,14 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _import_failure(name: str, error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{name}: needs the package {error.name!r}, which is not installed; install it"
     if isinstance(error, SyntaxError):
         return f"{name}: line {error.lineno} is not Python ({error.msg}); mend it"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{name}: fails to import: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+    return (
+        f"{name}: fails to import: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}); mend it"
+    )
 
 
 def _parameters(target: Any) -> tuple[dict[str, tuple[Any, bool]], bool]:

@@ -29,15 +29,23 @@ def locate(path: str, embedded: str) -> str:
 
 def load_pipeline(pipeline_class: Any, path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """``from_pretrained`` from safetensors only, quiet, in ``dtype``; UserError names the path when that fails."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
     try:
-        pipe = pipeline_class.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        pipe = pipeline_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path!r} could not be loaded as {pipeline_class.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _quiet() -> None:
+    """No loading bars, and no advice to install torchvision, which the core does not need."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
 
 
 class DiffusersAdapter:
@@ -64,6 +72,7 @@ class DiffusersAdapter:
     @classmethod
     def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> Self:
         """Load a pipeline from a folder, a hub id or the embedded assets."""
+        _quiet()
         import diffusers
 
         return cls(load_pipeline(getattr(diffusers, cls.pipeline_name), locate(path, cls.embedded_name), dtype, device))

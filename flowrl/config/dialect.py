@@ -95,7 +95,9 @@ def parse(text: str, name: str, *, lines: bool = True) -> Document:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = error.problem or error.context or "cannot be read"
+        what = error.problem or "cannot be read"
+        if what.startswith("but ") and error.context:  # the other half of the sentence
+            what = f"{error.context}, {what}"
         raise UserError(
             f"{reader.place(mark)}: not valid YAML: {what}; mend the line, or put the text in quotes"
         ) from error

@@ -34,7 +34,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if isinstance(source, Mapping):
         merged, places = _inherit(Document(to_plain(source)), "the mapping", Path(), ())
     else:
-        merged, places = _read(source, Path(), ())
+        merged, places = _read(source, Path(), (), "")
     merged = _merge(to_mapping(Config()), merged)
     problems: list[str] = []
     for text in overrides:
@@ -86,8 +86,8 @@ def _shipped() -> Traversable:
     return resources.files("flowrl.configs")
 
 
-def _find(source: str | Path, folder: Path) -> tuple[Traversable | Path, str]:
-    """The file that ``source`` names, and what to call it in messages."""
+def _find(source: str | Path, folder: Path, origin: str) -> tuple[Traversable | Path, str]:
+    """The file that ``source`` names, and what to call it in messages. origin: who names it, "" for the user."""
     name = str(source)
     known = recipes()
     if isinstance(source, str) and name in known:
@@ -96,16 +96,18 @@ def _find(source: str | Path, folder: Path) -> tuple[Traversable | Path, str]:
     if path.is_dir():
         inside = path / "config.yaml"
         advice = f"give {inside}" if inside.is_file() else "give a YAML file"
-        raise UserError(f"{name}: is a folder, not a recipe; {advice}")
+        raise UserError(f"{origin}{name}: is a folder, not a recipe; {advice}")
     if not path.is_file():
         near = nearest(Path(name).stem, known)
-        advice = f"did you mean {near}? " if near else ""
-        raise UserError(f"{name}: no such file or recipe; {advice}Give a YAML file or one of {', '.join(known)}")
+        advice = f"did you mean {near}? Shipped are" if near else "give a YAML file or one of"
+        raise UserError(f"{origin}{name}: no such file or recipe; {advice} {', '.join(known)}")
     return path, name
 
 
-def _read(source: str | Path, folder: Path, trail: tuple[str, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    file, name = _find(source, folder)
+def _read(
+    source: str | Path, folder: Path, trail: tuple[str, ...], origin: str
+) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    file, name = _find(source, folder, origin)
     if str(file) in trail:
         chain = " -> ".join(Path(item).name for item in (*trail, str(file)))
         raise UserError(f"base: recipes inherit from each other in a circle ({chain}); remove one of the base lines")
@@ -133,11 +135,23 @@ def _inherit(
     if "base" not in value:
         return value, places
     base = value.pop("base")
+    where = f"base ({places[('base',)]})" if ("base",) in places else "base"
     if not isinstance(base, str):
-        where = f"base ({places[('base',)]})" if ("base",) in places else "base"
         raise UserError(f"{where}: expected the name or path of a recipe, found {found(base)}")
-    below, places_below = _read(base, folder, trail)
-    return _merge(below, value), places_below | places
+    below, places_below = _read(base, folder, trail, f"{where}: ")
+    kept = {path: place for path, place in places_below.items() if not _replaced(value, path)}
+    return _merge(below, value), kept | places
+
+
+def _replaced(value: Any, path: KeyPath) -> bool:
+    """Whether a mapping laid over another one replaces what stood at ``path``."""
+    for key in path:
+        if not isinstance(value, dict):
+            return True
+        if key not in value:
+            return False
+        value = value[key]
+    return True
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +176,8 @@ def _override(root: dict[str, Any], text: str, places: dict[KeyPath, str]) -> li
         return list(error.problems)
     except UserError as error:
         return [str(error)]
+    for old in [old for old in places if old[: len(path)] == path]:
+        del places[old]
     for inner in document.places:
         places[path + inner] = "override"
     return _set(root, path, document.value, "override")
@@ -175,10 +191,9 @@ def _set(root: dict[str, Any], path: KeyPath, value: Any, place: str) -> list[st
         if isinstance(here, list):
             if not key.isdecimal() or int(key) >= len(here):
                 name = ".".join(path[:depth])
-                advice = (
-                    f"use {name}.0 to {name}.{len(here) - 1}" if here else f"give the whole list, as in {name}='[...]'"
-                )
-                return [f"{'.'.join(path)} ({place}): {name} has {len(here)} entries and no {key!r}; {advice}"]
+                span = f"{name}.0" + (f" to {name}.{len(here) - 1}" if len(here) > 1 else "")
+                advice = f"use {span}" if here else f"it is empty, so give it whole, as in {name}='[...]'"
+                return [f"{'.'.join(path)} ({place}): the list {name} has no {key!r}; {advice}"]
             index: Any = int(key)
         elif isinstance(here, dict):
             index = key

@@ -13,56 +13,30 @@ import math
 import os
 import statistics as plain
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flowrl.errors import UserError
 from flowrl.evaluation import charts
 from flowrl.evaluation.charts import Series
-from flowrl.evaluation.statistics import cell, summarise, table_lines
+from flowrl.evaluation.run_files import GRIDS, RunFiles, labels, number, read_run
+from flowrl.evaluation.statistics import cell, table_lines
 
 WINDOW = 9  # iterations in a moving mean
 MAX_POINTS = 400  # values a line keeps
 MAX_PNG = 1_000_000  # bytes; larger pictures are embedded as WebP
-GRIDS = {
-    "change.png": "Base beside tuned: gains, unchanged, losses",
-    "worst.png": "Largest losses first: where reward hacking would show",
-    "tuned.png": "Tuned pictures, one a prompt, chosen by no score",
-}
-
-
-@dataclass
-class _Run:
-    """What could be read of one run directory, and what could not."""
-
-    path: Path
-    label: str
-    color: str
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: dict[str, Any] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    config: str | None = None
-    grids: list[Path] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def column(self, key: str) -> list[float | None]:
-        return [_number(row.get(key)) for row in self.metrics]
-
-    def keys(self) -> list[str]:
-        return list(dict.fromkeys(key for row in self.metrics for key in row if any(_valid(row[key]))))
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of ``runs`` to ``out`` (by default report.html in the first run directory); return its path.
 
-    Reads config.yaml, metrics.jsonl, evaluation.json (else samples.jsonl), run.json and grids/*.png of each directory.
+    Reads config.yaml, metrics.jsonl, evaluation.json (else samples.jsonl) and grids/*.png of each directory.
     Raises UserError where there is no run, or a directory holds none of these.
     """
     if not runs:
         raise UserError("report: no run directory given; name at least one, as in: flowrl report runs/demo")
     read = [
-        _read(Path(path), label, index) for index, (path, label) in enumerate(zip(runs, _labels(runs), strict=True))
+        read_run(Path(path), label, index) for index, (path, label) in enumerate(zip(runs, labels(runs), strict=True))
     ]
     target = Path(runs[0]) / "report.html" if out is None else Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,129 +46,12 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return target
 
 
-def _labels(runs: Sequence[Path]) -> list[str]:
-    """Folder names, or whole paths where names repeat."""
-    names = [Path(run).resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
-def _read(path: Path, label: str, index: int) -> _Run:
-    known = ("config.yaml", "metrics.jsonl", "evaluation.json", "samples.jsonl")
-    if not any((path / name).is_file() for name in known):
-        raise UserError(f"report: {path} is no run directory (none of {', '.join(known)} there); name the run's folder")
-    run = _Run(path, label, charts.COLORS[index % len(charts.COLORS)])
-    if (path / "config.yaml").is_file():
-        run.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    else:
-        run.warnings.append("config.yaml is missing")
-    run.metrics = _json_lines(run, "metrics.jsonl")
-    if not run.metrics:
-        run.warnings.append("metrics.jsonl is missing or has no rows: no curves")
-    run.facts = _json_object(run, "run.json") or {}
-    run.evaluation = _json_object(run, "evaluation.json")
-    if run.evaluation is None:
-        samples = _json_lines(run, "samples.jsonl")
-        run.evaluation = _from_samples(run, samples) if samples else None
-        if not samples:
-            run.warnings.append("no evaluation yet: neither evaluation.json nor samples.jsonl has results")
-    else:
-        run.facts |= {
-            key: run.evaluation[key] for key in ("command", "version", "machine", "world") if key in run.evaluation
-        }
-    run.grids = [path / "grids" / name for name in GRIDS if (path / "grids" / name).is_file()]
-    run.grids += sorted(set((path / "grids").glob("*.png")) - set(run.grids))
-    if not run.grids:
-        run.warnings.append("no grids yet")
-    run.warnings += [str(text) for text in run.facts.pop("warnings", [])] + _judged(run)
-    return run
-
-
-def _from_samples(run: _Run, samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    try:
-        return summarise(samples)
-    except (KeyError, TypeError) as error:
-        run.warnings.append(f"samples.jsonl: a row lacks what a summary needs ({error})")
-        return None
-
-
-def _json_object(run: _Run, name: str) -> dict[str, Any] | None:
-    file = run.path / name
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        run.warnings.append(f"{name} could not be read: {error}")
-        return None
-    if not isinstance(found, dict):
-        run.warnings.append(f"{name} holds no object")
-        return None
-    return found
-
-
-def _json_lines(run: _Run, name: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; broken lines (a run that was cut off) are left out and counted in a warning."""
-    file = run.path / name
-    rows, broken = [], []
-    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken.append(number)
-    if broken:
-        run.warnings.append(f"{name}: {len(broken)} broken lines left out, the first is line {broken[0]}")
-    return rows
-
-
-def _judged(run: _Run) -> list[str]:
-    """Warnings that the numbers themselves call for."""
-    found = []
-    change = (run.evaluation or {}).get("difference") or {}
-    for name in ("strict", "dense"):
-        part = change.get(name)
-        if not part:
-            continue
-        if part["low"] is None:
-            found.append(f"{name}: too few prompts to tell a change")
-        elif part["low"] <= 0 <= part["high"]:
-            found.append(f"{name}: the interval of the change includes 0, so this evaluation shows no difference")
-    strict, dense = change.get("strict"), change.get("dense")
-    if strict and dense and (dense["low"] or 0) > 0 and (strict["high"] or 0) < 0:
-        found.append("the dense score rose while strict accuracy fell: look for reward hacking in the worst pictures")
-    live = [value for value in run.column("group/live_fraction") if value is not None][-10:]
-    if live and plain.fmean(live) < 0.2:
-        found.append(f"only {plain.fmean(live):.0%} of the groups carried a signal in the last iterations")
-    bad = sorted(
-        {
-            key
-            for row in run.metrics
-            for key, value in row.items()
-            if isinstance(value, float) and not math.isfinite(value)
-        }
-    )
-    return found + ([f"not finite at least once: {', '.join(bad)}"] if bad else [])
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _valid(value: Any) -> list[bool]:
-    return [True] if _number(value) is not None else []
-
-
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def _page(runs: Sequence[_Run]) -> str:
+def _page(runs: Sequence[RunFiles]) -> str:
     title = "flowrl: " + ", ".join(run.label for run in runs)
-    sections: list[tuple[str, Callable[[Sequence[_Run]], str]]] = [
+    sections: list[tuple[str, Callable[[Sequence[RunFiles]], str]]] = [
         ("Before and after", _headline),
         ("Warnings", _warnings),
         ("Rewards while training", _reward_curves),
@@ -227,41 +84,47 @@ def _note(text: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """A table of cells that are HTML already; the first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{name}</th>' for name in head)
+    top = f"<thead><tr>{top}</tr></thead>" if head else ""
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{text}</td>" for text in row[1:]) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
-def _swatch(run: _Run) -> str:
+def _swatch(run: RunFiles) -> str:
     return f'<span class="swatch" style="background:{run.color}"></span>{_escape(run.label)}'
 
 
-def _facts(runs: Sequence[_Run]) -> str:
+def _facts(runs: Sequence[RunFiles]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.facts))
-    head = ["", *(_swatch(run) for run in runs)]
+    head = ["", *(_swatch(run) for run in runs)] if len(runs) > 1 else []
     rows = [[_escape(name), *(_escape(_flat(run.facts.get(name, "-"))) for run in runs)] for name in names]
     done = [f"{len(run.metrics)}" for run in runs]
     return _table(head, [*rows, ["iterations recorded", *done]], "facts")
 
 
 def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_flat(part)}" for name, part in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _headline(runs: Sequence[_Run]) -> str:
+def _headline(runs: Sequence[RunFiles]) -> str:
     judged = [(run, run.evaluation) for run in runs if run.evaluation and any(run.evaluation.get(s) for s in _SIDES)]
     if not judged:
         return _note("No evaluation yet: run `flowrl eval` on this run, then `flowrl report` again.")
-    lines: dict[tuple[str, ...], str] = {}
+    lines: dict[tuple[str, ...], str] = {}  # by path, so that runs share their rows
     head = [""]
     for run, summary in judged:
         side = next(name for name in reversed(_SIDES) if summary.get(name))
         lines |= {path: label for label, path in table_lines({"dense_reward": "score"} | summary, side)}
-        head += [f"{_swatch(run)}<br>{name}" if i == 0 else name for i, name in enumerate(("base", "tuned", "change"))]
+        first = f"{_swatch(run)}<br>base" if len(runs) > 1 else "base"
+        head += [first, "tuned", "change"]
     rows = []
     for path, label in lines.items():
-        row = [_escape(label.strip()) if path[0] != "by_tag" else f'<span class="tag">{_escape(label.strip())}</span>']
+        row = [
+            _escape(label.strip()) if path[:1] != ("by_tag",) else f'<span class="tag">{_escape(label.strip())}</span>'
+        ]
         for _, summary in judged:
             row += [_interval(summary.get(side), path, signed=side == "difference") for side in _SIDES]
         rows.append(row)
@@ -270,7 +133,7 @@ def _headline(runs: Sequence[_Run]) -> str:
     counted = (summary.get("difference") or {}).get("pictures")
     pairs = f"{counted:,} paired pictures, same prompts and noise on both sides; " if counted else ""
     note = f"{pairs}brackets: {level:g}% bootstrap intervals over prompts; strict changes in percentage points."
-    return _table(head, rows, "result") + _note(note)
+    return _table(head, rows, "result" if len(judged) == 1 else "result many") + _note(note)
 
 
 _SIDES = ("base", "tuned", "difference")
@@ -278,7 +141,7 @@ _SIDES = ("base", "tuned", "difference")
 
 def _interval(block: Mapping[str, Any] | None, path: Sequence[str], *, signed: bool) -> str:
     if not block:
-        return "-"
+        return "-" if path else ""
     text = cell(block, path, signed=signed)
     mean, _, rest = text.partition(" ")
     kind = ""
@@ -288,7 +151,7 @@ def _interval(block: Mapping[str, Any] | None, path: Sequence[str], *, signed: b
     return f'<b{kind}>{_escape(mean)}</b> <span class="quiet">{_escape(rest)}</span>'
 
 
-def _warnings(runs: Sequence[_Run]) -> str:
+def _warnings(runs: Sequence[RunFiles]) -> str:
     items = [
         f"<li>{_escape(f'{run.label}: ' if len(runs) > 1 else '')}{_escape(text)}</li>"
         for run in runs
@@ -300,9 +163,9 @@ def _warnings(runs: Sequence[_Run]) -> str:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
-def _series(run: _Run, key: str, *, smooth: bool) -> Series:
+def _series(run: RunFiles, key: str, *, smooth: bool) -> Series:
     """One line of a run: with its own interval where the rows have one, else smoothed on request."""
-    x = [_number(row.get("iteration")) or 0.0 for row in run.metrics]
+    x = [number(row.get("iteration")) or 0.0 for row in run.metrics]
     y = run.column(key)
     low, high, points = run.column(f"{key}_low"), run.column(f"{key}_high"), None
     kept = [index for index, value in enumerate(y) if value is not None and math.isfinite(value)]
@@ -342,13 +205,15 @@ def _moving(values: Sequence[float | None]) -> tuple[list[float | None], list[fl
 _FRACTIONS = ("strict", "clip_fraction", "live_fraction")
 
 
-def _chart(runs: Sequence[_Run], key: str, title: str, *, smooth: bool = False, reference: float | None = None) -> str:
-    series = [_series(run, key, smooth=smooth) for run in runs if key in run.keys()]
+def _chart(
+    runs: Sequence[RunFiles], key: str, title: str, *, smooth: bool = False, reference: float | None = None
+) -> str:
+    series = [_series(run, key, smooth=smooth) for run in runs if key in run.keys]
     return charts.line_chart(series, title=title, percent=key.split("/")[-1] in _FRACTIONS, reference=reference)
 
 
-def _all_keys(runs: Sequence[_Run]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in run.keys()))
+def _all_keys(runs: Sequence[RunFiles]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for key in run.keys))
 
 
 def _is_bound(key: str) -> bool:
@@ -359,23 +224,25 @@ def _figure(drawn: Sequence[str], missing: str, note: str = "") -> str:
     return f'<div class="charts">{"".join(drawn)}</div>{_note(note) if note else ""}' if drawn else _note(missing)
 
 
-def _reward_curves(runs: Sequence[_Run]) -> str:
+def _reward_curves(runs: Sequence[RunFiles]) -> str:
     keys = [key for key in _all_keys(runs) if key.startswith("reward/") and key.split("/")[-1] in ("mean", "strict")]
     keys = [key for key in ("score/mean",) if key in _all_keys(runs)] + keys
     drawn = [_chart(runs, key, key, smooth=True) for key in keys]
-    note = f"Dots: one iteration each. Line: mean over {WINDOW} iterations; band: two standard errors of that mean, from the spread between iterations."
+    note = (
+        f"Dots: one iteration each. Line: mean over {WINDOW} iterations; band: two standard errors of that mean, "
+        "from the spread between iterations. A run too short for this shows its values."
+    )
     return _figure(drawn, "No reward in metrics.jsonl yet.", note)
 
 
-def _eval_curves(runs: Sequence[_Run]) -> str:
+def _eval_curves(runs: Sequence[RunFiles]) -> str:
     keys = [key for key in _all_keys(runs) if key.startswith(("eval/", "gold/")) and not _is_bound(key)]
     drawn = [_chart(runs, key, key) for key in keys]
-    return _figure(
-        drawn, "No evaluation during training (evaluation.every is 0, or none was due yet).", "Bands: the intervals recorded with each evaluation."
-    )  # fmt: skip
+    missing = "No evaluation during training (evaluation.every is 0, or none was due yet)."
+    return _figure(drawn, missing, "Bands: the intervals recorded with each evaluation.")
 
 
-def _policy_curves(runs: Sequence[_Run]) -> str:
+def _policy_curves(runs: Sequence[RunFiles]) -> str:
     levels = {"policy/ratio_mean": 1.0}
     wanted = ("policy/kl", "policy/ratio_mean", "policy/clip_fraction", "group/live_fraction", "grad_norm", "lr")
     names = {
@@ -387,13 +254,13 @@ def _policy_curves(runs: Sequence[_Run]) -> str:
     return _figure(drawn, "No policy figures in metrics.jsonl yet.")
 
 
-def _by_step(runs: Sequence[_Run]) -> str:
+def _by_step(runs: Sequence[RunFiles]) -> str:
     parts = []
     for key, name, level in (("policy/ratio_mean", "ratio", 1.0), ("policy/clip_fraction", "clipped", None)):
         steps = sorted({int(k.rpartition("_")[2]) for k in _all_keys(runs) if _step_of(k, key)})
         panels = [
             (f"{name}, step {step}",
-             [_series(run, f"{key}/step_{step}", smooth=False) for run in runs if f"{key}/step_{step}" in run.keys()])
+             [_series(run, f"{key}/step_{step}", smooth=False) for run in runs if f"{key}/step_{step}" in run.keys])
             for step in steps
         ]  # fmt: skip
         if panels:
@@ -409,10 +276,10 @@ def _step_of(key: str, prefix: str) -> bool:
 # ----------------------------------------------------------------------------------------------- cost, pictures, config
 
 
-def _cost(runs: Sequence[_Run]) -> str:
+def _cost(runs: Sequence[RunFiles]) -> str:
     parts = []
     for run in runs:
-        times = {key: _mean(run.column(key)) for key in run.keys() if key.startswith("time/")}
+        times = {key: _mean(run.column(key)) for key in run.keys if key.startswith("time/")}
         whole = times.pop("time/iteration_s", None)
         shares = [(key.removeprefix("time/").removesuffix("_s"), value) for key, value in times.items()]
         if shares:
@@ -431,11 +298,11 @@ def _mean(values: Sequence[float | None]) -> float:
     return plain.fmean(there) if there else 0.0
 
 
-def _amount(run: _Run, key: str) -> str:
-    return f"{_mean(run.column(key)):,.1f}" if key in run.keys() else "-"
+def _amount(run: RunFiles, key: str) -> str:
+    return f"{_mean(run.column(key)):,.1f}" if key in run.keys else "-"
 
 
-def _pictures(runs: Sequence[_Run]) -> str:
+def _pictures(runs: Sequence[RunFiles]) -> str:
     parts = []
     for run in runs:
         if len(runs) > 1:
@@ -462,7 +329,7 @@ def _embed(file: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _configs(runs: Sequence[_Run]) -> str:
+def _configs(runs: Sequence[RunFiles]) -> str:
     parts = []
     for run in runs:
         text = f"<pre>{_escape(run.config)}</pre>" if run.config is not None else _note("config.yaml is missing.")
@@ -488,6 +355,8 @@ thead th { vertical-align: bottom; color: #656d76; font-weight: 500; border-bott
 tbody th { font-weight: 500; white-space: nowrap; }
 .result td { white-space: nowrap; }
 .result tbody tr:nth-child(-n + 2) { font-size: 17px; }
+.many tbody tr:nth-child(-n + 2) { font-size: 15px; }
+.many td .quiet { display: block; font-size: 12px; }
 .facts td { overflow-wrap: anywhere; }
 .facts { font-size: 13px; }
 .tag { padding-left: 14px; font-weight: 400; }

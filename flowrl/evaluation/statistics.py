@@ -194,7 +194,7 @@ def _outcomes(columns: _Columns, main: str) -> dict[str, int]:
 
 def summary_text(summary: Mapping[str, Any]) -> str:
     """Lay a summary out as an aligned table: base, tuned and change with intervals, overall and by tag."""
-    sides = [name for name in ("base", "tuned", "difference") if summary[name]]
+    sides = [name for name in ("base", "tuned", "difference") if summary.get(name)]
     if not sides:
         return "no evaluated pictures"
     heads = {"base": "base", "tuned": "tuned", "difference": "change"}
@@ -214,18 +214,25 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 
 
 def table_lines(summary: Mapping[str, Any], side: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The table's rows: a label and the path of its interval. Tags show strict accuracy, or dense without it."""
+    """List a summary's rows: a label and the path of its interval, which is empty for a heading.
+
+    Tags show strict accuracy, or the dense score without it.
+    """
     block = summary[side]
     dense = f"dense ({summary['dense_reward']})"
     lines: list[tuple[str, tuple[str, ...]]] = [("strict", ("strict",))] if block["strict"] else []
     lines.append((dense, ("dense",)))
     lines += [(name, ("scores", name)) for name in block["scores"] if name != summary["dense_reward"]]
     measure = "strict" if block["strict"] else "dense"
+    if block["by_tag"]:
+        lines.append((f"{measure}, by tag", ()))
     return lines + [(f"  {tag}", ("by_tag", tag, measure)) for tag in block["by_tag"]]
 
 
 def cell(block: Mapping[str, Any], path: Sequence[str], *, signed: bool) -> str:
     """Show the interval at ``path`` as ``58.0% [55.1, 60.8]``: percent where the path ends in strict, else a number."""
+    if not path:
+        return ""
     found: Any = block
     for name in path:
         found = found.get(name) if found is not None else None

@@ -4,7 +4,7 @@ With B samples in P groups, T schedule steps, K trained steps from step s on, c 
 
     rollout      c (P s + B (T - s)) forwards with a shared prefix, else c B T
     update       c B K forwards a pass, and as many backwards (B K where only the conditional branch has a gradient)
-    reference    c B K forwards a pass with a KL term, else none
+    reference    c B K forwards with a KL term, whatever the number of passes, else none
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Count:
     def __add__(self, other: Count) -> Count:
         return Count(self.least + other.least, self.mean + other.mean, self.most + other.most)
 
+    def times(self, count: int) -> Count:
+        return Count(count * self.least, count * self.mean, count * self.most)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -46,6 +49,9 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(self.samples + other.samples, self.calls + other.calls)
+
+    def times(self, count: int) -> Work:
+        return Work(self.samples.times(count), self.calls.times(count))
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
     branches = 1 if rollout.guidance == 1 else 2
     window, starts = _window(config)
     transitions = batch.samples * window
-    update, backward = _update(config, window, branches)
+    forward, backward = _update(config, window, branches)
     none = Work(Count(0, 0, 0), Count(0, 0, 0))
     evaluation = config.evaluation
     pictures = evaluation.count * evaluation.per_prompt
@@ -110,9 +116,9 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
         transitions=transitions,
         updates=objective.updates * objective.passes,
         rollout=_rollout(config, starts, branches),
-        update_forward=update,
-        update_backward=backward,
-        reference=none if objective.kl.form == "none" else update,
+        update_forward=forward.times(objective.passes),
+        update_backward=backward.times(objective.passes),
+        reference=none if objective.kl.form == "none" else forward,
         decode_calls=math.ceil(batch.samples / batch.micro_batch),
         reward_samples=batch.samples * len(config.rewards),
         evaluation_pictures=pictures,
@@ -141,12 +147,12 @@ def _rollout(config: Config, starts: Sequence[int], branches: int) -> Work:
 
 
 def _update(config: Config, window: int, branches: int) -> tuple[Work, Work]:
-    """Forwards and backwards of all passes: one call for each micro-batch of samples and trained step."""
+    """Forwards and backwards of one pass: one call for each branch, micro-batch of samples and trained step."""
     batch, objective = config.batch, config.objective
     whole, rest = divmod(batch.groups, objective.updates)
     shares = [(whole + (index < rest)) * batch.group_size for index in range(objective.updates)]
-    samples = objective.passes * batch.samples * window
-    calls = objective.passes * window * sum(math.ceil(share / batch.micro_batch) for share in shares)
+    samples = batch.samples * window
+    calls = window * sum(math.ceil(share / batch.micro_batch) for share in shares)
     grad_branches = branches if config.rollout.cfg_gradient == "full" else 1
     forward = Work(Count.of([branches * samples]), Count.of([branches * calls]))
     return forward, Work(Count.of([grad_branches * samples]), Count.of([grad_branches * calls]))

@@ -149,7 +149,7 @@ BAD_GENEVAL = [
     (row(exclude={"class": "x"}), "\"exclude\" must be a list of clauses, got {'class': 'x'}"),
     (row(exclude=[{**CIRCLE, "color": "red"}]), 'exclude[0]: unknown key "color"; a clause has class, count'),
 ]
-TWO = "expected one target in straight double quotes, found {} quote characters (\") instead of 2"
+TWO = 'expected one target in straight double quotes, found {} quote characters (") instead of 2'
 BAD_OCR = [
     ("a sign", TWO.format(0)),
     ('a "b" and "c"', TWO.format(4)),

@@ -22,10 +22,15 @@ def _case(seed: int = 0, masked: bool = True) -> dict[str, Any]:
 
     old = normal(3.0) - 100
     keep = torch.rand(SIZE, generator=draw) < (0.75 if masked else 2.0)
+    difference, advantage = normal(0.4), normal(1.0)
+    # The first four stand beyond the bounds, one in each quadrant.
+    difference[:4] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    advantage[:4] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    keep[:4] = True
     return {
-        "log_prob": old + normal(0.8),
+        "log_prob": old + difference,
         "old_log_prob": old,
-        "advantage": normal(1.0),
+        "advantage": advantage,
         "clip_range": 0.2,
         "kl": normal(1.0).square(),
         "kl_weight": 0.04,

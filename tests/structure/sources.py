@@ -87,7 +87,7 @@ def _base(source: Source, node: ast.ImportFrom) -> str:
     if node.level == 0:
         return node.module or ""
     parts = source.module.split(".")
-    keep = len(parts) - node.level + (0 if source.is_package else 0)
+    keep = len(parts) - node.level + (1 if source.is_package else 0)
     return ".".join([*parts[:keep], *([node.module] if node.module else [])])
 
 

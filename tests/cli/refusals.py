@@ -1,0 +1,54 @@
+"""How a user's mistake must end: exit code 2, exactly this text on stderr, nothing on stdout, nothing written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from flowrl.cli import main
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake: the command, the message after ``error: ``, and the files and environment it needs."""
+
+    name: str
+    argv: list[str]
+    message: str
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def one_problem(line: str) -> str:
+    """The message of a configuration with one error."""
+    return f"1 error in the configuration:\n  {line}"
+
+
+def expect_refusal(
+    case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run the command in ``folder`` and compare everything that a user would see."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, content in case.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    before = snapshot(folder)
+    assert main(case.argv) == 2
+    written = capsys.readouterr()
+    assert written.err == f"error: {case.message}\n"
+    assert written.out == ""
+    assert snapshot(folder) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its content, None for folders."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}

@@ -1,0 +1,74 @@
+"""Network calls an iteration, counted by hooks, against literal numbers worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.training.helpers import make, small_config
+
+
+def calls(config) -> dict[str, int]:
+    row = make(config).iterate()
+    return {k.removeprefix("calls/"): v for k, v in row.items() if k.startswith("calls/")}
+
+
+def test_window_with_shared_prefix(tiny_sd3: Path) -> None:
+    """2 groups of 4 in chunks of 4, 4 steps, window at steps 1 and 2.
+
+    Prefix: step 0 once a group: 1 call, 2 samples. Steps 1 to 3: 2 chunks x 3 steps = 6 calls, 24 samples.
+    Update: 2 chunks x 2 steps = 4 calls of 4 samples, forward and backward.
+    """
+    config = small_config(tiny_sd3, **{"rollout.window.first": 1, "rollout.window.last": 1})
+    assert calls(config) == {
+        "forward": 11, "forward_samples": 42, "forward_grad": 4, "forward_grad_samples": 16, "backward": 4,
+        "backward_samples": 16,
+    }  # fmt: skip
+
+
+def test_full_window_with_guidance_and_kl(tiny_sd3: Path) -> None:
+    """Guidance doubles all forwards: rollout 2 x 2 chunks x 4 steps = 16 calls, 64 samples; reference and update, 3 trained
+    steps: 2 x 2 x 3 = 12 calls, 48 samples each; both branches carry gradient: 12 backwards."""
+    config = small_config(tiny_sd3, **{
+        "rollout.window.kind": "full", "rollout.share_prefix": False, "rollout.guidance": 3.0,
+        "objective.kl.form": "paper", "objective.kl.weight": 0.1,
+    })  # fmt: skip
+    assert calls(config) == {
+        "forward": 40, "forward_samples": 160, "forward_grad": 12, "forward_grad_samples": 48, "backward": 12,
+        "backward_samples": 48,
+    }  # fmt: skip
+
+
+def test_two_passes_with_a_detached_branch_and_velocity_kl(tiny_sd3: Path) -> None:
+    """cfg_gradient conditional: the unconditional forwards of the update carry no gradient. Window at step 0 and 1, no prefix
+    to share: rollout 2 x 2 x 4 = 16 calls; reference once, 2 x 2 x 2 = 8; update 2 passes x 8 = 16 of which 8 with gradient."""
+    config = small_config(tiny_sd3, **{
+        "rollout.window.last": 0, "rollout.guidance": 2.0, "rollout.cfg_gradient": "conditional", "objective.passes": 2,
+        "objective.kl.form": "velocity", "objective.kl.weight": 0.1,
+    })  # fmt: skip
+    assert calls(config) == {
+        "forward": 40, "forward_samples": 160, "forward_grad": 8, "forward_grad_samples": 32, "backward": 8,
+        "backward_samples": 32,
+    }  # fmt: skip
+
+
+def test_silent_groups_cost_no_update(tiny_sd3: Path) -> None:
+    """A constant reward leaves nothing to learn: the rollout's 8 calls (no prefix) and no others, and no weight moves."""
+    config = small_config(tiny_sd3, **{"rollout.window.last": 0})
+    trainer = make(config)
+    trainer.rewards._rewards = {label: _Constant() for label in trainer.rewards._rewards}
+    before = [p.detach().clone() for p in trainer.weights.parameters]
+    row = trainer.iterate()
+    assert (row["calls/forward"], row["calls/backward"], row["update/steps"]) == (8, 0, 0)
+    assert all((a == b).all() for a, b in zip(before, trainer.weights.parameters, strict=True))
+
+
+class _Constant:
+    name = "constant"
+
+    def score(self, batch):
+        import numpy as np
+
+        from flowrl.records import RewardResult
+
+        n = len(batch)
+        return RewardResult(np.full(n, 0.5, np.float32), np.ones(n, bool), [None] * n)
