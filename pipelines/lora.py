@@ -39,10 +39,9 @@ def lora_off(module: torch.nn.Module) -> Iterator[None]:
 def save_lora(pipeline_class: Any, module_name: str, module: torch.nn.Module, folder: str) -> None:
     """Write ``pytorch_lora_weights.safetensors`` with rank and alpha, so that ``load_lora_weights(folder)`` takes it."""
     from diffusers.training_utils import _collate_lora_metadata
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(module).items()}
-    layers = {f"{module_name}_lora_layers": convert_state_dict_to_diffusers(state)}
+    layers = {f"{module_name}_lora_layers": state}
     metadata = _collate_lora_metadata({module_name: module})
     pipeline_class.save_lora_weights(folder, safe_serialization=True, **layers, **metadata)

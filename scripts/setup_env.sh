@@ -142,7 +142,7 @@ torch_version() { "$python" -I -c 'import importlib.metadata as m; print(m.versi
 
 make_venv() {
   local start=$SECONDS base
-  if [[ -e $venv/none && ! -e $made ]]; then
+  if [[ -e $venv && ! -e $made ]]; then
     new_enough "$python" || fail "$venv exists, was not made by this script and has no working Python 3.11 or newer. Remove or rename it."
     "$python" -I -m pip --version >/dev/null 2>&1 || fail "$venv was not made by this script and has no pip. Remove or rename it."
     say "using the environment that is in $venv"

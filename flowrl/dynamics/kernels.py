@@ -145,8 +145,8 @@ def ddim(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: StepPoi
     """DDIM with eta = noise in [0, 1], on any path (2010.02502, equations 12 and 16).
 
     mixing with ``rho^2 = 1 - eta^2 (1 - k^2)``, ``k = (sigma' alpha) / (sigma alpha')``, hence
-    ``std = eta sigma' sqrt(1 - k^2)``. On a variance-preserving path this is eta times the posterior std of DDPM; eta = 1
-    equals precise with a = sqrt 2.
+    ``std = eta sigma' sqrt(1 - k^2)``. On a variance-preserving path this is eta times the posterior std of DDPM;
+    eta = 1 equals precise with a = sqrt 2.
     """
     kept = noise_kept(point)
     rho = (1 - noise**2 * (1 - kept) * (1 + kept)).sqrt()

@@ -332,7 +332,7 @@ def save_grids(
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
-        page.save(folder / name, optimize=True)
+        page.save(folder / name)
     return [folder / name for name in pages]
 
 

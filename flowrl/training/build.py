@@ -71,8 +71,8 @@ def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
     return adapter  # type: ignore[no-any-return]
 
 
-def build(config: Config, backend: Backend) -> Parts:
-    """Make a trainer. Prompts and rewards are read before the model, so that their errors come first."""
+def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Trainer) -> Parts:
+    """Make a trainer (of another class for studies). Prompts and rewards are read before the model, so that their errors come first."""
     rows, row_weights = training_prompts(config)
     held_out = held_out_prompts(config)
     rewards = RewardRuntime(config.rewards, config.failures)
@@ -84,5 +84,5 @@ def build(config: Config, backend: Backend) -> Parts:
         reference: Reference = adapter.lora_off
     else:
         reference = snapshot_reference(Weights(adapter.trainable()))
-    trainer = Trainer(config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend)
+    trainer = trainer_class(config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend)
     return Parts(trainer, judged_by, held_out, reference)

@@ -97,6 +97,8 @@ def test_listing_says_what_is_wrong(root: Path) -> None:
     (root / "notes").mkdir()
     found = store.list_checkpoints(root)
     assert [(entry.iteration, entry.problem is None) for entry in found] == [(1, True), (2, False)]
+    os.truncate(root / "iteration-00000001" / "ema.safetensors", 7)
+    assert "ema.safetensors: has 7 bytes" in str(store.list_checkpoints(root)[1].problem)
 
 
 def _forge(root: Path, edit: Callable[[dict[str, Any], Path], None]) -> None:

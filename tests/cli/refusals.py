@@ -9,7 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from flowrl import registry
 from flowrl.cli import main
+from flowrl.config import recipes
+
+RECIPES = ", ".join(recipes())
+REWARDS = ", ".join(registry.names("reward"))
+
+FIXED = """\
+run_dir: out/run
+iterations: 60
+batch: {groups: 24, group_size: 16, micro_batch: 64}
+rollout:
+  steps: 8
+  kernel: {name: precise, noise: 0.9}
+  window: {kind: random, size: 2, first: 0, last: 2}
+rewards: [{name: compositional}]
+"""
+"""A recipe that is right, with numbers of its own, so that tuning a shipped one changes no message."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .refusals import Case, expect_refusal, one_problem
+from .refusals import RECIPES, REWARDS, Case, expect_refusal, one_problem
 
 CASES = [
     Case(
@@ -37,12 +37,12 @@ CASES = [
     Case(
         "unknown_recipe",
         ["train", "dmeo"],
-        "dmeo: no such file or recipe; did you mean demo? Shipped are demo, sd3_fast, sd3_flow_grpo, tiny_test",
+        f"dmeo: no such file or recipe; did you mean demo? Shipped are {RECIPES}",
     ),
     Case(
         "missing_file",
         ["train", "missing.yaml"],
-        ("missing.yaml: no such file or recipe; give a YAML file or one of demo, sd3_fast, sd3_flow_grpo, tiny_test"),
+        (f"missing.yaml: no such file or recipe; give a YAML file or one of {RECIPES}"),
     ),
     Case(
         "folder",
@@ -180,7 +180,7 @@ CASES = [
     Case(
         "eval_missing",
         ["eval", "runs/none"],
-        "runs/none: no such file or recipe; give a YAML file or one of demo, sd3_fast, sd3_flow_grpo, tiny_test",
+        f"runs/none: no such file or recipe; give a YAML file or one of {RECIPES}",
     ),
     Case(
         "eval_override",
@@ -218,10 +218,7 @@ CASES = [
     Case(
         "probe_unknown",
         ["rewards", "probe", "jpg"],
-        (
-            "unknown reward 'jpg'; did you mean jpeg? Known are compositional, jpeg, package.module:name or "
-            "path/to/file.py:name"
-        ),
+        (f"unknown reward 'jpg'; did you mean jpeg? Known are {REWARDS}, package.module:name or path/to/file.py:name"),
     ),
     Case(
         "probe_argument",

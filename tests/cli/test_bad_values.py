@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .refusals import Case, expect_refusal, one_problem
+from .refusals import FIXED, Case, expect_refusal, one_problem
 
 CASES = [
     ("override_form", ["iterations"], "override 'iterations': expected key.sub=value, as in rollout.steps=10"),
@@ -229,5 +229,5 @@ def test_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    case = Case(name, ["train", "demo", *overrides], one_problem(line))
+    case = Case(name, ["train", "fixed.yaml", *overrides], one_problem(line), {"fixed.yaml": FIXED})
     expect_refusal(case, tmp_path, monkeypatch, capsys)

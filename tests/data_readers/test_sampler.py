@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import itertools
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,29 +51,27 @@ def test_weighted_draws_follow_the_weights_and_are_independent() -> None:
     for index, weight in enumerate(weights):
         # Four standard errors of a binomial share.
         assert counts[index] / len(stream) == pytest.approx(weight, abs=4 * (0.25 / len(stream)) ** 0.5)
-    repeats = sum(a == b for a, b in zip(stream, stream[1:], strict=False)) / len(stream)
+    repeats = sum(a == b for a, b in itertools.pairwise(stream)) / len(stream)
     assert repeats == pytest.approx(sum(w * w for w in weights), abs=0.03)
     scaled = [i for iteration in range(20) for i in ids(draw_groups(7, iteration, 30, 4, [w * 1e3 for w in weights]))]
     assert scaled == stream[:600]
 
 
-def test_no_generator_state_and_no_process_matters() -> None:
+def test_no_generator_state_and_no_order_of_calls_matters() -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     here = draw_groups(3, 2, 6, 5), draw_groups(3, 2, 6, 3, [1.0, 2.0, 1.0])
     assert torch.equal(before, torch.random.get_rng_state())
-    code = (
-        "import torch; torch.manual_seed(99); torch.set_num_threads(2)\n"
-        "from flowrl.data.sampler import draw_groups\n"
-        "draw_groups(8, 8, 8, 8)\n"
-        "print((draw_groups(3, 2, 6, 5), draw_groups(3, 2, 6, 3, [1.0, 2.0, 1.0])))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert out.strip() == repr(here)
+    torch.manual_seed(99)
+    with ThreadPoolExecutor(3) as pool:  # in any order, beside other draws
+        others = [pool.submit(draw_groups, 8, iteration, 8, 8) for iteration in range(20)]
+        again = pool.submit(draw_groups, 3, 2, 6, 5), pool.submit(draw_groups, 3, 2, 6, 3, [1.0, 2.0, 1.0])
+        assert tuple(future.result() for future in again) == here
+    assert all(future.result() for future in others)
 
 
 def test_golden_draws() -> None:
-    """A change here changes every run: it needs a line in the change log."""
+    """Each process draws for itself, so these must be the same in every one; a change here changes every run."""
     assert draw_groups(3, 2, 6, 5) == [
         Drawn(2, 0, 12), Drawn(0, 0, 13), Drawn(3, 0, 14), Drawn(0, 1, 15), Drawn(1, 0, 16), Drawn(4, 0, 17),
     ]  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ BASH = shutil.which("bash") or "bash"
 
 
 def run_script(script: Path, *arguments: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PIP_FIND_LINKS")}
+    environment.update(PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)  # pip finds nothing, whatever happens
     if path is not None:
         environment["PATH"] = path
     command = [BASH, str(script), *arguments]
@@ -27,6 +30,13 @@ def write_program(path: Path, body: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!{BASH}\n{body}\n", encoding="utf-8")
     path.chmod(0o755)
+
+
+# A Python that says, and believes, that it is 3.10.
+PYTHON_3_10 = f"""
+    [[ $1 == --version ]] && echo "Python 3.10.9" && exit
+    exec {shlex.quote(sys.executable)} -c "import sys; sys.version_info = (3, 10, 9); exec(sys.argv[1])" "$3"
+"""
 
 
 @pytest.fixture
@@ -61,7 +71,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     ("programs", "said"),
     [
         ({}, "none of python3.13 python3.12 python3.11 python3"),
-        ({"python3": '[[ $1 == --version ]] && echo "Python 3.9.2"; exit 1'}, "python3 (Python 3.9.2: too old)"),
+        ({"python3": PYTHON_3_10}, "python3 (Python 3.10.9: too old)"),
         ({"python3.12": "[[ $* != *ensurepip* ]]"}, "python3.12 (no venv module"),
     ],
 )

@@ -1,0 +1,250 @@
+"""The report is one valid file with the numbers in it, needs nothing outside, and survives what runs leave behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowrl.errors import UserError
+from flowrl.evaluation.grids import save_grids
+from flowrl.evaluation.report import _moving, write_report
+from flowrl.evaluation.statistics import summarise
+
+HOSTILE = '</pre></p><script>alert("x")</script><img src=x onerror=alert(1)>&'
+VOID = {"meta", "img", "br", "rect", "path", "circle"}
+
+
+class Balanced(HTMLParser):
+    """Collects tags, text and attributes, and fails where a tag closes another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.values: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.values += [value or "" for _, value in attrs]
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parse(path: Path) -> Balanced:
+    page = path.read_text(encoding="utf-8")
+    found = Balanced()
+    found.feed(page)
+    found.close()
+    assert not found.open
+    assert "script" not in found.tags and "link" not in found.tags and "iframe" not in found.tags
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", page))
+    assert "url(" not in page and "@import" not in page
+    return found
+
+
+def text_of(path: Path) -> str:
+    return " ".join(" ".join(parse(path).text).split())
+
+
+def samples() -> list[dict[str, Any]]:
+    rows = []
+    for prompt in range(10):
+        for member in range(2):
+            for which in ("base", "tuned"):
+                good = member == 0 or (which == "tuned" and prompt % 2 == 0)
+                rows.append({
+                    "iteration": 60 * (which == "tuned"), "which": which, "prompt_id": prompt, "prompt": HOSTILE,
+                    "tag": ["even", "<odd>"][prompt % 2], "member": member, "seed": 1,
+                    "scores": {"compositional": 0.5 + 0.5 * good}, "strict": good, "image": None,
+                })  # fmt: skip
+    return rows
+
+
+def metrics(count: int = 40) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        rows.append({
+            "iteration": i, "reward/compositional/mean": 0.5 + 0.01 * i, "score/mean": 0.5, "policy/ratio_mean": 1.0,
+            "policy/clip_fraction": 0.05, "policy/kl": 0.001 * i, "policy/ratio_mean/step_0": 1.001,
+            "policy/ratio_mean/step_10": 0.999, "policy/clip_fraction/step_0": 0.03, "group/live_fraction": 0.7,
+            "grad_norm": 0.4, "lr": 1e-3, "time/iteration_s": 4.0, "time/rollout_s": 3.0, "time/other_s": 1.0,
+            "calls/forward": 55, "calls/backward": 12, "memory/rss_mb": 1234.5,
+        })  # fmt: skip
+    rows[0] |= {"eval/strict": 0.4, "eval/strict_low": 0.35, "eval/strict_high": 0.45}
+    rows[-1] |= {"eval/strict": 0.6, "eval/strict_low": 0.55, "eval/strict_high": 0.65}
+    return rows
+
+
+def make_run(folder: Path, *, config: str = "seed: 0\n") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics()))
+    head = {"command": "flowrl train <x>", "version": "0.1.0+abc", "machine": {"device": "cpu", "threads": 2}}
+    (folder / "evaluation.json").write_text(json.dumps(head | {"settings": {"count": 10}} | summarise(samples())))
+    images = np.full((4, 36, 36, 3), 90, np.uint8)
+    save_grids(folder / "grids", images, images, [HOSTILE] * 4, [0.1] * 4, [0.2] * 4)
+    return folder
+
+
+def test_one_run_has_its_numbers(tmp_path: Path) -> None:
+    path = write_report([make_run(tmp_path / "demo")])
+    assert path == tmp_path / "demo" / "report.html"
+    text = text_of(path)
+    for part in (
+        "50.0% [50.0, 50.0]", "75.0% [60.0, 90.0]", "+25.0 [+10.0, +40.0]", "20 paired pictures", "even", "<odd>",
+        "flowrl train <x>", "0.1.0+abc", "device cpu, threads 2", "rollout 3 s (75.0%)", "calls/forward 55.0",
+        "1,234.5",
+        "ratio, step 0", "ratio, step 10", "clipped, step 0", "KL to the reference", "eval/strict", "seed: 0",
+    ):  # fmt: skip
+        assert part in text, part
+    assert text.index("ratio, step 0") < text.index("ratio, step 10")
+    assert sum(value.startswith("data:image/png;base64,") for value in parse(path).values) == 3
+    assert not list((tmp_path / "demo").glob("*.part"))
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a" / "one"), make_run(tmp_path / "b" / "two")]
+    path = write_report(runs, tmp_path / "out" / "both.html")
+    page = path.read_text()
+    chart = re.search(r'<svg[^>]*aria-label="eval/strict".*?</svg>', page, re.DOTALL)
+    assert chart is not None
+    assert chart[0].count(">one</text>") == chart[0].count(">two</text>") == 1
+    assert chart[0].count('stroke="') == 2
+    assert text_of(path).count("+25.0 [+10.0, +40.0]") == 2
+
+
+def test_runs_of_the_same_name_keep_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a" / "demo"), make_run(tmp_path / "b" / "demo")]
+    assert f"{tmp_path / 'b' / 'demo'}" in text_of(write_report(runs, tmp_path / "r.html"))
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo", config=f"# {HOSTILE}\n")
+    summary = json.loads((run / "evaluation.json").read_text())
+    summary |= {
+        "command": HOSTILE,
+        "machine": {HOSTILE: HOSTILE},
+        "settings": {HOSTILE: HOSTILE},
+        "warnings": [HOSTILE],
+    }
+    for side in ("base", "tuned", "difference"):
+        summary[side]["by_tag"][HOSTILE] = summary[side]["by_tag"]["even"]
+        summary[side]["scores"][HOSTILE] = None
+    (run / "evaluation.json").write_text(json.dumps(summary))
+    rows = [row | {f"reward/{HOSTILE}/mean": 0.5, f"time/{HOSTILE}_s": 1.0, f"calls/{HOSTILE}": 1} for row in metrics()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "grids" / 'a"><script>b.png').write_bytes((run / "grids" / "change.png").read_bytes())
+    found = parse(write_report([run]))
+    assert sum(HOSTILE in text for text in found.text) >= 6
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "evaluation.json", "grids"])
+def test_a_missing_piece_is_stated(tmp_path: Path, missing: str) -> None:
+    run = make_run(tmp_path / "demo")
+    (run / missing).rename(tmp_path / "away")
+    text = text_of(write_report([run]))
+    stated = {
+        "config.yaml": "config.yaml is missing", "metrics.jsonl": "metrics.jsonl is missing or has no rows",
+        "evaluation.json": "No evaluation yet", "grids": "No grids yet",
+    }  # fmt: skip
+    assert stated[missing] in text
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.yaml").write_text("# flowrl 0.1.0: flowrl train demo\nseed: 0\n")
+    text = text_of(write_report([tmp_path]))
+    assert "No reward in metrics.jsonl yet" in text and "No evaluation yet" in text and "No times" in text
+    assert "flowrl train demo" in text and "0.1.0" in text
+
+
+def test_samples_stand_in_for_a_missing_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    (run / "evaluation.json").unlink()
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples()))
+    assert "+25.0 [+10.0, +40.0]" in text_of(write_report([run]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", "{", "evaluation.json could not be read"),
+        ("evaluation.json", "[]", "evaluation.json holds no object"),
+        ("evaluation.json", '{"base": {"strict": 1}}', "evaluation.json: not a summary"),
+        ("evaluation.json", '{"base": {"strict": {}, "scores": {}, "by_tag": {}}}', "not a summary"),
+        ("metrics.jsonl", '{"iteration": 0}\n{"itera', "1 broken lines left out, the first is line 2"),
+        ("metrics.jsonl", '\xff\xfe\n[1]\n{"iteration": 0, "lr": NaN}\n', "not finite at least once: lr"),
+        ("metrics.jsonl", '{"iteration": "x", "score/mean": null, "lr": "a", "policy/kl": [1]}\n', "No policy figures"),
+        ("metrics.jsonl", '{"iteration": 0, "group/live_fraction": 0.1}\n', "only 10% of the groups carried a signal"),
+    ],
+)  # fmt: skip
+def test_broken_files_are_warnings(tmp_path: Path, name: str, content: str, message: str) -> None:
+    run = make_run(tmp_path / "demo")
+    (run / name).write_bytes(content.encode("latin-1"))
+    assert message in text_of(write_report([run]))
+
+
+def test_no_gain_and_hacking_are_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    summary = json.loads((run / "evaluation.json").read_text())
+    summary["difference"]["strict"] = {"mean": 0.01, "low": -0.02, "high": 0.04}
+    (run / "evaluation.json").write_text(json.dumps(summary))
+    assert "strict: the interval of the change includes 0" in text_of(write_report([run]))
+    summary["difference"] |= {
+        "strict": {"mean": -0.1, "low": -0.2, "high": -0.05}, "dense": {"mean": 0.1, "low": 0.05, "high": 0.2},
+    }  # fmt: skip
+    (run / "evaluation.json").write_text(json.dumps(summary))
+    text = text_of(write_report([run]))
+    assert "look for reward hacking" in text and "includes 0" not in text
+
+
+def test_user_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run directory"):
+        write_report([tmp_path])
+    with pytest.raises(UserError, match="no run directory given"):
+        write_report([])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_large_picture_is_embedded_as_webp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowrl.evaluation.report.MAX_PNG", 10)
+    path = write_report([make_run(tmp_path / "demo")])
+    assert sum(value.startswith("data:image/webp;base64,UklGR") for value in parse(path).values) == 3
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    assert write_report([run]).read_bytes() == write_report([run]).read_bytes()
+
+
+def test_moving_mean_by_hand() -> None:
+    """Nine neighbours 0..8 have mean 4 and standard deviation sqrt(7.5); the first has 0..4; None is left out."""
+    mean, low, high = _moving([float(i) for i in range(20)])
+    assert mean[4] == 4.0 and mean[0] == 2.0
+    assert low[4] == pytest.approx(4 - 2 * (7.5**0.5) / 3) and high[4] == pytest.approx(4 + 2 * (7.5**0.5) / 3)
+    assert _moving([None, 3.0])[0] == [3.0, 3.0]
+
+
+def test_long_runs_are_thinned(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    row = metrics(2)[0]
+    rows = [row | {"iteration": i} for i in range(5000)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(write_report([run]).read_text()) < 700_000
