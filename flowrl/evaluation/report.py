@@ -128,10 +128,9 @@ def _headline(runs: Sequence[RunFiles]) -> str:
         for _, summary in judged:
             row += [_interval(summary.get(side), path, signed=side == "difference") for side in _SIDES]
         rows.append(row)
-    summary = judged[0][1]
-    level = 100 * float(summary.get("level", 0.95))
-    counted = (summary.get("difference") or {}).get("pictures")
-    pairs = f"{counted:,} paired pictures, same prompts and noise on both sides; " if counted else ""
+    level = 100 * float(judged[0][1].get("level", 0.95))
+    counts = [f"{summary['difference']['pictures']:,}" for _, summary in judged if summary.get("difference")]
+    pairs = f"{', '.join(counts)} paired pictures, same prompts and noise on both sides; " if counts else ""
     note = f"{pairs}brackets: {level:g}% bootstrap intervals over prompts; strict changes in percentage points."
     return _table(head, rows, "result" if len(judged) == 1 else "result many") + _note(note)
 

@@ -150,7 +150,7 @@ def _judged(run: RunFiles) -> list[str]:
         if part["low"] is None:
             found.append(f"{name}: too few prompts to tell a change")
         elif part["low"] <= 0 <= part["high"]:
-            found.append(f"{name}: the interval of the change includes 0, so this evaluation shows no difference")
+            found.append(f"{name}: the interval of the change includes 0, so this evaluation cannot tell a change")
     strict, dense = change.get("strict"), change.get("dense")
     if strict and dense and (dense["low"] or 0) > 0 and (strict["high"] or 0) < 0:
         found.append("the dense score rose while strict accuracy fell: look for reward hacking in the worst pictures")

@@ -46,7 +46,12 @@ def load_reward(entry: RewardEntry) -> Reward:
         problems = check_arguments("reward", entry.name, entry.args)
         if problems:
             raise UserError(f"reward {entry.name!r}: args: " + "; ".join(problems))
-    return as_reward(found, entry.name, entry.args)
+    return as_reward(found, short_name(entry.name), entry.args)
+
+
+def short_name(name: str) -> str:
+    """A registry key as it is; the part behind the colon of ``module:attr`` and ``path.py:attr``."""
+    return name.rpartition(":")[2]
 
 
 def as_reward(obj: Any, name: str, args: Mapping[str, Any]) -> Reward:
@@ -239,8 +244,9 @@ def _components(extras: Any, count: int) -> dict[str, npt.NDArray[np.float32]]:
     found = {}
     for key, values in extras.items() if isinstance(extras, Mapping) else ():
         array = _plain(values)
-        numbers = array.dtype.kind in "fiub" if isinstance(array, np.ndarray) else False
-        if numbers and array.shape == (count,):
+        if isinstance(array, list | tuple) and all(isinstance(item, Real) for item in array):
+            array = np.array(array)
+        if isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.shape == (count,):
             found[str(key)] = array.astype(np.float32)
     return found
 

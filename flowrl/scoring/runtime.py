@@ -23,7 +23,7 @@ from flowrl.config.schema import Failures, RewardEntry
 from flowrl.errors import UserError
 from flowrl.protocols import Reward
 from flowrl.records import RewardBatch, RewardResult
-from flowrl.scoring.adapt import load_reward
+from flowrl.scoring.adapt import load_reward, short_name
 
 
 class RewardFailure(UserError):
@@ -54,7 +54,9 @@ def join(parts: Sequence[Scored]) -> Scored:
             valid=np.concatenate([r.valid for r in results]),
             errors=[error for r in results for error in r.errors],
             components={
-                name: np.concatenate([r.components.get(name, np.full(len(r.scores), np.nan, np.float32)) for r in results])
+                name: np.concatenate(
+                    [r.components.get(name, np.full(len(r.scores), np.nan, np.float32)) for r in results]
+                )
                 for name in dict.fromkeys(name for r in results for name in r.components)
             },
             details=[text for r in results for text in (r.details or [None] * len(r.scores))],
@@ -73,7 +75,7 @@ def labels(entries: Sequence[RewardEntry]) -> list[str]:
     """What each reward is called in metrics: its key, or the part behind the colon; a second one alike gets ``_2``."""
     found: list[str] = []
     for entry in entries:
-        base = entry.name.rpartition(":")[2]
+        base = short_name(entry.name)
         label, number = base, 1
         while label in found:
             number += 1
@@ -119,7 +121,7 @@ class RewardRuntime:
             result = per_reward[label] = _run(label, reward, batch, monitor=weight == 0)
             if weight == 0:
                 continue
-            total += weight * result.scores
+            total += weight * result.scores.astype(np.float64)
             valid &= result.valid
             errors = [old or new for old, new in zip(errors, result.errors, strict=True)]
         with np.errstate(over="ignore"):

@@ -72,6 +72,7 @@ class Trainer:
             self.weights.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
         )
         kernel = config.rollout.kernel
+        self.shape = adapter.latent_shape(self._request(rows[0]))
         schedule = adapter.schedule(config.rollout.steps, self._request(rows[0]))
         check_kernel(kernel.name, kernel.noise, schedule)
         on_device = Schedule(*(v.to(adapter.device) for v in (schedule.t, schedule.alpha, schedule.sigma)))
@@ -124,7 +125,7 @@ class Trainer:
         ids = [torch.tensor([getattr(d, name) for d in mine]) for name in ("prompt_id", "occurrence", "group_id")]
         groups = Groups(*ids, prompted=prompted, size=config.batch.group_size)
         plan = RolloutPlan(
-            shape=self.adapter.latent_shape(requests[0]), steps=steps, shared=config.rollout.share_prefix,
+            shape=self.shape, steps=steps, shared=config.rollout.share_prefix,
             chunk=config.batch.micro_batch, storage_dtype=STORAGE[config.rollout.storage_dtype],
             reduction=config.objective.log_prob_reduction, seed=self.seed, iteration=self.iteration,
             policy_version=self.updates,

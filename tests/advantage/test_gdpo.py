@@ -103,6 +103,12 @@ def test_a_constant_group_is_exactly_zero() -> None:
     assert result.live.tolist() == [False] * 3 + [True] * 3
 
 
+def test_the_sum_is_centred_over_the_batch() -> None:
+    # Only raw singletons give the sum a mean: standardised groups add up to 0.
+    result = gdpo(torch.tensor([[1.0], [5.0]]), torch.tensor([0, 1]), singleton="raw", eps=0.0)
+    assert result.advantage.tolist() == [-1.0, 1.0]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_masked_member_never_changes_the_others(seed: int) -> None:
     rewards, group = _case(seed)

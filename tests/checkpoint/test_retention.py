@@ -163,6 +163,23 @@ def test_failing_deletes_are_warnings(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "iteration-00000005", "iteration-00000006"]
 
 
+def test_a_delete_cut_short_leaves_no_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for iteration in (1, 2):
+        _save(tmp_path, iteration)
+
+    def cut_short(path: Path, *_: Any, **__: Any) -> None:
+        (Path(path) / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        _save(tmp_path, 3)
+    monkeypatch.undo()
+    assert [(entry.iteration, entry.problem) for entry in store.list_checkpoints(tmp_path)] == [(3, None), (2, None)]
+    _save(tmp_path, 4)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
 def test_a_crash_between_rename_and_pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for iteration in (1, 2):
         _save(tmp_path, iteration)

@@ -33,7 +33,7 @@ class Api:
         vars(module).update(
             train=lambda config, command: called("train", config, command),
             resume=lambda folder, overrides: called("resume", folder, overrides),
-            evaluate=lambda source, overrides: called("evaluate", source, overrides),
+            evaluate=lambda source, overrides: called("evaluate", source, overrides).text(),
         )
         monkeypatch.setitem(sys.modules, "flowrl.api", module)
         monkeypatch.setattr(flowrl, "api", module, raising=False)

@@ -68,5 +68,6 @@ def test_commands_that_need_no_model_import_none(
 
 
 def test_the_public_face_loads_on_demand(tmp_path: Path) -> None:
-    code = "import flowrl\nassert dir(flowrl) == sorted(flowrl.__all__)\ntry:\n    flowrl.nope\nexcept AttributeError as e:\n    print(e)"
+    code = "import flowrl\nassert dir(flowrl) == sorted(flowrl.__all__)\n"
+    code += "try:\n    flowrl.nope\nexcept AttributeError as error:\n    print(error)"
     assert start(code, tmp_path)[1] == "module 'flowrl' has no attribute 'nope'\n"

@@ -46,7 +46,13 @@ def test_a_method_of_another_package_is_listed(monkeypatch: pytest.MonkeyPatch) 
     target = {"mine": "flowrl.objectives:METHODS"}
     own = registry.targets
     monkeypatch.setattr(registry, "targets", lambda kind: target if kind == "method" else own(kind))
-    with pytest.raises(UserError, match="entry point 'mine'.*expected a Method, found tuple"):
+    with pytest.raises(UserError, match=r"entry point 'mine'.*expected a Method, found tuple"):
+        methods.entries()
+
+
+def test_a_method_listed_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "KERNELS", (*methods.KERNELS, methods.KERNELS[0]))
+    with pytest.raises(UserError, match="the kernel 'ode' is listed twice"):
         methods.entries()
 
 

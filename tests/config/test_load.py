@@ -131,13 +131,12 @@ def test_every_wrong_type_is_refused(name: str) -> None:
     assert ", found a mapping" in caught.value.problems[0]
 
 
-@pytest.mark.parametrize("name", [name for name, annotation in SETTINGS if annotation in (int, float)])
-@pytest.mark.parametrize("value", [True, "1", None, float("nan"), float("inf"), 10**400])
-def test_numbers_are_not_guessed(name: str, value: Any) -> None:
-    if value == 10**400 and dict(SETTINGS)[name] is int:
-        pytest.skip("a whole number of any size is one; ranges are validate's")
-    with pytest.raises(ConfigError, match=f"^1 error in the configuration:\n  {name}: expected a "):
-        from_mapping(nested(name, value))
+@pytest.mark.parametrize(("name", "annotation"), [setting for setting in SETTINGS if setting[1] in (int, float)])
+def test_numbers_are_not_guessed(name: str, annotation: type) -> None:
+    too_large = [10**400] if annotation is float else [1.0]
+    for value in [True, "1", None, float("nan"), float("inf"), *too_large]:
+        with pytest.raises(ConfigError, match=f"^1 error in the configuration:\n  {name}: expected a "):
+            from_mapping(nested(name, value))
 
 
 def test_an_int_is_taken_for_a_float() -> None:
@@ -219,7 +218,7 @@ def test_a_key_that_is_not_text_is_unknown() -> None:
 def test_args_must_be_plain_data() -> None:
     with pytest.raises(ConfigError, match=r"rewards\.0\.args\.f: expected text, a number"):
         from_mapping({"rewards": [{"name": "jpeg", "args": {"f": object()}}]})
-    with pytest.raises(ConfigError, match=r"rewards\.0\.args\.1: a key must be text"):
+    with pytest.raises(ConfigError, match=r"rewards\.0\.args\.1 \(override\): a key must be text"):
         load({}, ["rewards=[{name: jpeg, args: {1: 2}}]"])
 
 
@@ -228,7 +227,7 @@ def test_replace_is_as_strict_as_loading() -> None:
     changed = replace(config, {"rollout.steps": 6, "rewards.0.weight": 2})
     assert (changed.rollout.steps, changed.rewards[0].weight) == (6, 2.0)
     assert to_mapping(config) == to_mapping(load("tiny_test"))
-    with pytest.raises(ConfigError, match=r"rollout\.stepz \(change\): unknown key; did you mean rollout\.steps"):
+    with pytest.raises(ConfigError, match=r"rollout\.stepz: unknown key; did you mean rollout\.steps"):
         replace(config, {"rollout.stepz": 6})
 
 
@@ -257,7 +256,7 @@ def test_arguments_of_a_probe() -> None:
 
 
 def test_unreadable_and_deep_files_are_user_errors(tmp_path: Path) -> None:
-    (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 1200)
     with pytest.raises(UserError, match="nested too deeply"):
         load(tmp_path / "deep.yaml")
     (tmp_path / "control.yaml").write_text("run_dir: a\x01b\n")

@@ -1,4 +1,4 @@
-"""Checks across fields: what must pass, and that everything wrong is said at once. Messages: tests/cli/test_bad_*.py."""
+"""Checks across fields: what must pass, and that all is said at once. The messages are in tests/cli/test_bad_*.py."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_just_outside_is_refused(override: str, key: str) -> None:
     "key",
     [
         "iterations", "model.lora.rank", "batch.groups", "batch.group_size", "batch.micro_batch", "rollout.window.size",
-        "rollout.window.every", "objective.updates", "objective.passes", "ema.every", "evaluation.count", "evaluation.per_prompt",
-        "evaluation.steps", "evaluation.quick", "objective.clip_range", "optimizer.eps", "advantage.eps", "model.lora.alpha",
-        "optimizer.max_grad_norm",
+        "rollout.window.every", "objective.updates", "objective.passes", "ema.every", "evaluation.count",
+        "evaluation.per_prompt", "evaluation.steps", "evaluation.quick", "objective.clip_range", "optimizer.eps",
+        "advantage.eps", "model.lora.alpha", "optimizer.max_grad_norm",
     ],
 )  # fmt: skip
 def test_zero_is_out_of_range(key: str) -> None:
@@ -86,9 +86,10 @@ def test_zero_is_out_of_range(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "seed", "threads", "rollout.window.first", "rollout.guidance", "advantage.clip", "optimizer.lr", "optimizer.weight_decay",
-        "optimizer.warmup", "ema.decay", "evaluation.seed", "evaluation.guidance", "evaluation.every", "evaluation.grid",
-        "checkpoint.every", "failures.max_invalid_fraction", "objective.kl.weight",
+        "seed", "threads", "rollout.window.first", "rollout.guidance", "advantage.clip", "optimizer.lr",
+        "optimizer.weight_decay", "optimizer.warmup", "ema.decay", "evaluation.seed", "evaluation.guidance",
+        "evaluation.every", "evaluation.grid", "checkpoint.every", "failures.max_invalid_fraction",
+        "objective.kl.weight",
     ],
 )  # fmt: skip
 def test_negative_is_out_of_range_and_zero_is_not(key: str) -> None:
@@ -108,7 +109,7 @@ def test_check_says_everything_at_once_and_types_first() -> None:
     assert len(caught.value.problems) == 4
     assert str(caught.value).startswith("4 errors in the configuration:\n  ")
     made_in_python = dataclasses.replace(config, batch=Batch(groups="two"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="batch.groups: expected a whole number, found 'two'"):
+    with pytest.raises(ConfigError, match=r"batch\.groups: expected a whole number, found 'two'"):
         check(made_in_python)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flowrl.records import Schedule
 
 from .gaussian import Gaussian, affine_chain, flow_schedule, uniform_schedule
 
+Velocity = Callable[[Tensor, float], Tensor]
 COLUMNS = (("ode", 0.0), ("flow_sde", 0.7), ("cps", 0.8), ("precise", 0.7))
 TERMINAL_VARIANCE = {
     (1, 5): (0.5937, 0.8385, 0.4281, 0.5548),
@@ -32,7 +34,7 @@ TERMINAL_VARIANCE = {
 
 
 def sample(
-    kernel: str, noise: float, schedule: Schedule, x: Tensor, velocity: object, generator: torch.Generator
+    kernel: str, noise: float, schedule: Schedule, x: Tensor, velocity: Velocity, generator: torch.Generator
 ) -> Tensor:
     """Draw the whole chain from x [n, 1] with the real kernels."""
     for k in range(schedule.steps):
@@ -76,7 +78,7 @@ def test_one_row_of_the_table_by_sampling(kernel: str, noise: float) -> None:
 
 
 @pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("kernel", "noise"), [*COLUMNS, ("dance_sde", 0.3)])
+@pytest.mark.parametrize(("kernel", "noise"), [*COLUMNS, ("dance_sde", 0.3), ("ddim", 0.6)])
 def test_factors_equal_the_closed_recursion(kernel: str, noise: float, s: float) -> None:
     schedule = uniform_schedule(10)
     chain = affine_chain(kernel, noise, schedule, s)
@@ -88,8 +90,13 @@ def test_factors_equal_the_closed_recursion(kernel: str, noise: float, s: float)
             factor = 1 - g**2 * 0.1 / (2 * t) - slope * (1 + g**2 * (1 - t) / (2 * t)) * 0.1
             std = g * math.sqrt(0.1)
         else:
-            power = (t_next * (1 - t) / (t * (1 - t_next))) ** (noise**2 / 2)
-            rho = {"ode": 1.0, "cps": math.cos(noise * math.pi / 2), "precise": power}[kernel]
+            kept = t_next * (1 - t) / (t * (1 - t_next))
+            rho = {
+                "ode": 1.0,
+                "cps": math.cos(noise * math.pi / 2),
+                "precise": kept ** (noise**2 / 2),
+                "ddim": math.sqrt(1 - noise**2 * (1 - kept**2)),
+            }[kernel]
             factor = (1 - t_next) * (1 - t * slope) + t_next * rho * (1 + (1 - t) * slope)
             std = t_next * math.sqrt(1 - rho**2)
         assert chain.factor[k].item() == pytest.approx(factor, abs=2e-6)

@@ -349,6 +349,8 @@ def test_next_latent_rounds_a_float32_sum() -> None:
         ("flow_sde", 0.7, variance_preserving(4), "flow_sde is for flow models .*use one of cps, ddim, ode, precise"),
         ("dance_sde", 0.3, variance_preserving(4), "dance_sde is for flow models"),
         ("ode", 0.0, flow_schedule([0.0, 0.5, 1.0]), "times must fall strictly from at most 1"),
+        ("ode", 0.0, flow_schedule([1.0, 0.4, 0.5, 0.0]), "times must fall strictly from at most 1"),
+        ("ode", 0.0, flow_schedule([1.0, 0.5, 0.5, 0.0]), "times must fall strictly from at most 1"),
         ("ode", 0.0, flow_schedule([1.2, 0.5, 0.0]), "times must fall strictly from at most 1"),
         ("ode", 0.0, flow_schedule([1.0]), "times must fall strictly from at most 1"),
     ],

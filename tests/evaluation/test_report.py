@@ -128,6 +128,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert chart[0].count(">one</text>") == chart[0].count(">two</text>") == 1
     assert chart[0].count('stroke="') == 2
     assert text_of(path).count("+25.0 [+10.0, +40.0]") == 2
+    assert "20, 20 paired pictures" in text_of(path)
 
 
 def test_runs_of_the_same_name_keep_apart(tmp_path: Path) -> None:

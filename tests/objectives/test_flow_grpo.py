@@ -23,10 +23,10 @@ def _case(seed: int = 0, masked: bool = True) -> dict[str, Any]:
     old = normal(3.0) - 100
     keep = torch.rand(SIZE, generator=draw) < (0.75 if masked else 2.0)
     difference, advantage = normal(0.4), normal(1.0)
-    # The first four stand beyond the bounds, one in each quadrant.
-    difference[:4] = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    advantage[:4] = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    keep[:4] = True
+    # Four stand beyond the bounds, one in each quadrant, and one between 1.2 and 1.35.
+    difference[:5] = torch.tensor([1.0, 1.0, -1.0, -1.0, math.log(1.3)])
+    advantage[:5] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    keep[:5] = True
     return {
         "log_prob": old + difference,
         "old_log_prob": old,
@@ -217,6 +217,12 @@ def test_other_bad_input() -> None:
         flow_grpo_loss(**{**case, "clip_range": -0.1})
     with pytest.raises(ValueError, match="parts: expected at least one"):
         merge_terms([])
+
+
+def test_a_ratio_below_one_is_a_deviation_too() -> None:
+    case = _case(15)
+    case["log_prob"] = case["old_log_prob"] - 0.5
+    assert flow_grpo_loss(**case).ratio_max_deviation.item() == pytest.approx(1 - math.exp(-0.5))
 
 
 def test_merging_takes_the_greatest_deviation() -> None:

@@ -50,7 +50,9 @@ CASES = [
     (RED, [BLUE, C], False, (1 + 1 + 1 + 1 / 2) / 4, "1 objects more than the 1 asked for"),
     (BOTH, [C, BLUE], True, 1.0, ""),
     (BOTH, [C], False, (3 + 0 + 0 + 0 + 1) / 7, "no circle"),
-    (BOTH, [C, C], False, (1 + 0 + 1 + 1 + 1 + 0 + 1) / 7, None),
+    # The second red circle stands in for the blue one, in the wrong colour.
+    (BOTH, [C, C], False, (3 + 1 + 1 + 0 + 1) / 7, "0 blue circle, 1 asked for"),
+    (BOTH, [C, C, BLUE], False, (1 + 0 + 1 + 3 + 1 / 2) / 7, "2 x circle, 1 asked for"),
     (TWO, [C, BLUE], True, 1.0, ""),
     (TWO, [C], False, (1 + 1 / 2 + 1 + 1) / 4, "1 x circle, 2 asked for"),
     (TWO, [C, C, BLUE], False, (1 + 1 / 2 + 0 + 1 / 2) / 4, "3 x circle, 2 asked for"),
@@ -65,16 +67,12 @@ CASES = [
 
 @pytest.mark.parametrize(("metadata", "found", "strict", "dense", "reason"), CASES)
 def test_worked_cases(
-    metadata: dict[str, Any], found: list[Detection], strict: bool, dense: float, reason: str | None
+    metadata: dict[str, Any], found: list[Detection], strict: bool, dense: float, reason: str
 ) -> None:
     copies = [Detection(d.label, d.score, d.box, d.color) for d in found]
     verdict = judge(metadata, copies)
     assert verdict.strict is strict and verdict.dense == pytest.approx(dense)
-    if reason is not None:
-        assert verdict.reason == reason
-    elif metadata is BOTH:
-        # Two red circles: the second one is surplus to the red clause and of the wrong colour for the blue one.
-        assert not verdict.strict
+    assert verdict.reason == reason
 
 
 def test_one_object_cannot_pay_for_two_clauses() -> None:
@@ -126,7 +124,7 @@ def test_without_exact_a_count_is_a_least_count_and_exclude_is_the_ceiling() -> 
 
 
 def geneval_official(metadata: dict[str, Any], found: list[Detection]) -> bool:
-    """GenEval's verdict (2310.11513, appendix), written from its rules: surest objects of each class, AND over clauses."""
+    """GenEval's verdict (2310.11513), written from its rules: the surest objects of each class, AND over clauses."""
     groups: list[list[Detection] | None] = []
     for want in metadata["include"]:
         same = sorted((d for d in found if d.label == want["class"]), key=lambda d: -d.score)[: want["count"]]
@@ -173,10 +171,10 @@ def random_case(generator: np.random.Generator) -> tuple[dict[str, Any], list[De
 
 
 def test_without_exact_the_verdict_is_genevals() -> None:
-    """Colour apart: GenEval looks at the surest object alone, we look for the right colour first, so ours is no stricter."""
+    """Colour apart: GenEval looks at the surest object alone, we take the right colour first and are no stricter."""
     generator = np.random.default_rng(0)
     agreed = positives = 0
-    for _ in range(4000):
+    for _ in range(2000):
         metadata, found = random_case(generator)
         ours, theirs = judge(metadata, found, exact=False).strict, geneval_official(metadata, found)
         if any("color" in c for c in metadata["include"]):
@@ -185,12 +183,11 @@ def test_without_exact_the_verdict_is_genevals() -> None:
             assert ours == theirs, (metadata, found)
         agreed += ours == theirs
         positives += theirs
-    assert agreed > 3900 and positives > 300
+    assert agreed > 1900 and positives > 150
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_exact_only_adds_demands_and_scores_stay_in_range(seed: int) -> None:
-    generator = np.random.default_rng(seed)
+def test_exact_only_adds_demands_and_scores_stay_in_range() -> None:
+    generator = np.random.default_rng(1)
     for _ in range(1000):
         metadata, found = random_case(generator)
         verdict = judge(metadata, found)
