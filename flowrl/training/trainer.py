@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowrl import rng
-from flowrl.advantage import drop_thin_groups, estimate
+from flowrl.advantage import CHANNEL_ESTIMATORS, drop_thin_groups, estimate
 from flowrl.config.schema import Config
 from flowrl.data.sampler import Drawn, draw_groups
 from flowrl.distributed.backend import Backend
@@ -163,12 +163,19 @@ class Trainer:
     def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:
         """Advantages from all processes' scores, cut back to this process's samples."""
         config, trajectory = self.config, collected.trajectory
-        scores = self.backend.gather(torch.from_numpy(collected.scored.scores).double())
+        channels = config.advantage.name in CHANNEL_ESTIMATORS
+        weights = {label: w for label, w in self.rewards.weights.items() if w} if channels else {}
+        per_reward = [torch.from_numpy(collected.scored.per_reward[label].scores) for label in weights]
+        scores = torch.stack(per_reward, 1) if channels else torch.from_numpy(collected.scored.scores)
+        scores = self.backend.gather(scores.double())
         valid = self.backend.gather(torch.from_numpy(collected.scored.valid))
         group = self.backend.gather(trajectory.group_id)
         valid = drop_thin_groups(valid, group, config.failures.min_valid)
         a = config.advantage
-        credit = estimate(a.name, scores, group, valid, ddof=a.ddof, eps=a.eps, clip=a.clip)
+        credit = estimate(
+            a.name, scores, group, valid, ddof=a.ddof, eps=a.eps, clip=a.clip,
+            weights=torch.tensor(list(weights.values()), dtype=torch.float64) if channels else None,
+        )  # fmt: skip
         mine = slice(self.backend.rank * len(trajectory), (self.backend.rank + 1) * len(trajectory))
         part = (trajectory.group_id - trajectory.group_id.min()) * config.objective.updates
         local = part // (config.batch.groups // self.backend.world)

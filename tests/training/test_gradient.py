@@ -146,3 +146,17 @@ def test_kl_term_has_a_gradient(tiny_sd3: Path) -> None:
     trainer._credit = without_reward
     trainer.iterate()
     assert sum(float(g.abs().sum()) for g in grads[0]) > 0
+
+
+def darkness(images, prompts):
+    return 1 - images.mean((1, 2, 3)) / 255.0
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"])
+def test_every_estimator_trains(tiny_sd3: Path, name: str) -> None:
+    """Two rewards that pull apart; gdpo takes them as channels, the others their weighted sum."""
+    changes = {"rewards": [
+        {"name": "tests.training.helpers:brightness"}, {"name": "tests.training.test_gradient:darkness", "weight": 0.5},
+    ]}  # fmt: skip
+    row = make(small_config(tiny_sd3, **changes, **{"advantage.name": name})).iterate()
+    assert row["update/count"] == 1 and row["optimizer/grad_norm"] > 0
