@@ -159,6 +159,7 @@ def _go(run: Run) -> RunFolder:
         code = run.go()
     finally:
         run.trainer.rewards.close()
+        run.trainer.backend.close()
     if code:
         raise SystemExit(code)
     return load_run(run.folder)

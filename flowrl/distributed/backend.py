@@ -55,6 +55,14 @@ class Backend:
         torch.distributed.all_reduce(summed)
         return summed.to(values.device)
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
+
     def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum the gradients over processes, in place; losses carry the global normalisation already."""
         if self.world == 1:

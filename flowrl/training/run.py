@@ -39,6 +39,7 @@ class Run:
         self.config, self.parts, self.folder, self.command = config, parts, folder, command
         self.write, self.callbacks = write, callbacks
         self.trainer = parts.trainer
+        self.leads = parts.trainer.backend.leads
         self.failed_saves = 0
         self.rolled_back = False
 
@@ -66,13 +67,14 @@ class Run:
     def go(self) -> int:
         """Train to the end, evaluate, report. Returns 0, or the exit code of a stop signal (143, 130)."""
         config, trainer = self.config, self.trainer
-        trackers = open_trackers(self.folder, config.tracking.tensorboard, start=trainer.iteration + 1)
+        trackers = open_trackers(
+            self.folder, config.tracking.tensorboard and self.leads, start=trainer.iteration + 1
+        )
+        shown = config.tracking.progress and self.leads
         with (
             StopSignals() as stop,
-            JsonLines(self.folder / "metrics.jsonl") as log,
-            Progress(
-                config.iterations, write=self.write, start=trainer.iteration, enabled=config.tracking.progress
-            ) as progress,
+            JsonLines(self.folder / "metrics.jsonl") if self.leads else _Discard() as log,
+            Progress(config.iterations, write=self.write, start=trainer.iteration, enabled=shown) as progress,
         ):
             if trainer.iteration == 0 and config.evaluation.every:
                 log.write({"iteration": 0, **self.quick_evaluation(progress)})
@@ -91,14 +93,16 @@ class Run:
                     callback(trainer.iteration, row)
                 progress.advance(row["score/mean"], self.note(row))
                 ended = trainer.iteration == config.iterations
-                if stop.requested or ended or self.due(config.checkpoint.every):
-                    self.save(progress, must=bool(stop.requested) or ended)
-                if stop.requested:
+                stopping = trainer.backend.largest(stop.requested or 0)  # any process's signal stops all of them
+                if stopping or ended or self.due(config.checkpoint.every):
+                    self.save(progress, must=bool(stopping) or ended)
+                if stopping:
                     progress.message(f"stopped at iteration {trainer.iteration}; go on with: flowrl train --resume {self.folder}")
-                    return stop.exit_code
+                    return 128 + stopping
             for tracker in trackers:
                 tracker.close()
-            self.finish(progress)
+            if self.leads:
+                self.finish(progress)
             return stop.exit_code
 
     def due(self, every: int) -> bool:
@@ -110,6 +114,8 @@ class Run:
 
     def save(self, progress: Progress, *, must: bool) -> None:
         """Write a checkpoint. A full disk keeps the old one and is tried again, up to three times running."""
+        if not self.leads:
+            return
         info = {"config": config_hash(self.config), "flowrl": __version__, "torch": torch.__version__, "command": self.command}
         try:
             store.save(
@@ -196,6 +202,19 @@ class Run:
         folder.mkdir(exist_ok=True)
         with self.trainer.weights.averaged():
             self.trainer.adapter.export(str(folder))
+
+
+class _Discard:
+    """Stands in for metrics.jsonl in every process but the first."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        return None
+
+    def __enter__(self) -> _Discard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
 def machine() -> dict[str, Any]:

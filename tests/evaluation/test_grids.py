@@ -69,6 +69,14 @@ def test_pictures_are_enlarged_without_smoothing_or_reduced(size: int, scale: in
     assert (page == (10, 0, 200)).all(-1).sum() == shown * shown
 
 
+def test_enlarged_pixels_stay_sharp() -> None:
+    images = flat([10])
+    images[0, ::2, :, 0] = 77  # stripes one pixel wide
+    page = np.asarray(before_after_grid(images, flat([11]), ["p"], [0.5], [0.6]))
+    for value in (10, 77):
+        assert (page == (value, 0, 200)).all(-1).sum() == 144 * 144 / 2
+
+
 def test_contact_sheet_keeps_the_order() -> None:
     page = contact_sheet(flat([9, 3, 6, 1]), ["a", "b", "c", "a long caption that needs some lines " * 9], columns=2)
     assert order(page, [1, 3, 6, 9]) == [9, 3, 6, 1]

@@ -146,6 +146,7 @@ def test_only_the_last_tuned_iteration_and_no_other_checkpoint_counts() -> None:
     early = [row("tuned", p, m, False, 0.0, iteration=30) for p in range(10) for m in range(2)]
     between = [row("checkpoint", p, 0, False, 0.0, iteration=60) for p in range(10)]
     assert summarise(early + between + pairs()) == summarise(pairs())
+    assert summarise(pairs() + between + early) == summarise(pairs())
 
 
 def test_a_failed_score_is_left_out_of_its_side_and_of_the_pair() -> None:

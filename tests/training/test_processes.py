@@ -1,0 +1,47 @@
+"""Two processes under torchrun draw the same groups, noise and advantages as one, and take the same step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from flowrl import api
+from flowrl.checkpoint import store
+from flowrl.config.render import to_yaml
+from tests.training.helpers import small_config, tensors
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_two_processes_equal_one(tiny_sd3: Path, tmp_path: Path) -> None:
+    changes = {"objective.kl.form": "paper", "objective.kl.weight": 0.1, "optimizer.lr": 1e-3}
+    one = small_config(tiny_sd3, run_dir=str(tmp_path / "one"), iterations=2, **changes)
+    two = small_config(tiny_sd3, run_dir=str(tmp_path / "two"), iterations=2, **changes)
+    api.train(one)
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(to_yaml(two))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "scripts/train.py", str(recipe)], cwd=REPOSITORY, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+    ]
+    assert [r["iteration"] for r in rows[1]] == [1, 2]
+    for a, b in zip(*rows, strict=True):
+        assert abs(a["score/mean"] - b["score/mean"]) < 1e-6
+        assert abs(a["policy/kl"] - b["policy/kl"]) < 1e-6
+        # Two processes each do their own half of the calls.
+        assert b["calls/backward_samples"] * 2 == a["calls/backward_samples"]
+    a, b = (tensors(store.load(tmp_path / n / "checkpoints").state) for n in ("one", "two"))
+    policy = [n for n in a if n.startswith("/policy")]
+    assert max(float((a[n] - b[n]).abs().max()) for n in policy) < 1e-4
+    assert (tmp_path / "two" / "report.html").exists()
+    assert all(torch.isfinite(b[n]).all() for n in policy)
