@@ -39,7 +39,9 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def train(config: Config | str | Path, callbacks: Sequence[Callback] = (), *, command: str = "flowrl.train") -> RunFolder:
+def train(
+    config: Config | str | Path, callbacks: Sequence[Callback] = (), *, command: str = "flowrl.train"
+) -> RunFolder:
     """Fine-tune as ``config`` says (a Config, a YAML file or the name of a shipped recipe) and return the finished run.
 
     callbacks: called after each iteration with its number and its metrics. Raises UserError for a mistake in the config,

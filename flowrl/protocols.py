@@ -32,7 +32,9 @@ class PipelineAdapter(Protocol):
     def schedule(self, steps: int, request: Request) -> Schedule:
         """The stock pipeline's grid of ``steps`` steps, on CPU."""
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()) -> Prediction:
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()
+    ) -> Prediction:
         """One network call. x [B, ...]; t float32 [B] in [0, 1], 1 is noise; no guidance inside."""
 
     def decode(self, x0: torch.Tensor, request: Request) -> torch.Tensor:

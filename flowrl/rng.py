@@ -16,7 +16,13 @@ STREAMS = ("initial", "step", "window", "sampler", "evaluation", "timestep", "pe
 
 
 def key(
-    seed: int, iteration: int, prompt_id: int = 0, occurrence: int = 0, member: int = 0, step: int = 0, stream: str = "initial"
+    seed: int,
+    iteration: int,
+    prompt_id: int = 0,
+    occurrence: int = 0,
+    member: int = 0,
+    step: int = 0,
+    stream: str = "initial",
 ) -> int:
     """63-bit seed for one draw. Raises ValueError for an unknown stream or a number outside int64."""
     if stream not in STREAMS:

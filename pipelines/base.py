@@ -23,7 +23,9 @@ def locate(path: str, embedded: str) -> str:
         return path
     folder = Path(str(resources.files("flowrl.assets"))) / embedded
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"model.path: the embedded model is missing at {folder}; run scripts/pretrain_embedded.py --out {folder}")
+        raise UserError(
+            f"model.path: the embedded model is missing at {folder}; run scripts/pretrain_embedded.py --out {folder}"
+        )
     return str(folder)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from flowrl.pipelines.base import DiffusersAdapter
+
 from flowrl.records import Conditioning, Prediction, Request, Schedule
 
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
@@ -26,7 +26,12 @@ class Sd3Adapter(DiffusersAdapter):
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
         texts = [r.negative if negative else r.prompt for r in requests]
         hidden, _, pooled, _ = self.pipe.encode_prompt(
-            texts, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self._text_length()
+            texts,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self._text_length(),
         )
         return Conditioning({"hidden": hidden, "pooled": pooled})
 
@@ -53,7 +58,9 @@ class Sd3Adapter(DiffusersAdapter):
         sigma = scheduler.sigmas.float()
         return Schedule(t=sigma, alpha=1 - sigma, sigma=sigma)
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()) -> Prediction:
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()
+    ) -> Prediction:
         if features:
             raise ValueError(f"Sd3Adapter.predict: no features are offered, asked for {list(features)}")
         dtype = self.network.dtype

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from flowrl.pipelines.base import DiffusersAdapter
 
 from flowrl.errors import UserError
-from flowrl.pipelines.base import DiffusersAdapter
 from flowrl.records import Conditioning, Prediction, PredictionKind, Request, Schedule
 
 _KINDS: dict[str, PredictionKind] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
@@ -41,7 +41,9 @@ class StableDiffusionAdapter(DiffusersAdapter):
         t = torch.cat([scheduler.timesteps.double() / total, torch.zeros(1, dtype=torch.float64)])
         return Schedule(t=t.float(), alpha=bars.sqrt().float(), sigma=(1 - bars).sqrt().float())
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()) -> Prediction:
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()
+    ) -> Prediction:
         if features:
             raise ValueError(f"StableDiffusionAdapter.predict: no features are offered, asked for {list(features)}")
         config = self.pipe.scheduler.config

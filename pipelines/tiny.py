@@ -21,7 +21,11 @@ def clip_tokenizer(words: Iterable[str], length: int) -> Any:
     specials = ["<|startoftext|>", "<|endoftext|>"]
     letters = list("abcdefghijklmnopqrstuvwxyz")
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=specials, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=4096,
+        special_tokens=specials,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator(sorted(words), trainer)
     import json
@@ -77,7 +81,12 @@ def build_sd3(
     The picture is ``size`` pixels, the latent ``size / 2**(len(vae_channels) - 1)``; ``text_length`` tokens from each of the
     CLIP pair (shared positions) and T5 reach the transformer.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import T5Config, T5EncoderModel
 
     words = list(words)
@@ -86,12 +95,24 @@ def build_sd3(
         torch.manual_seed(seed)
         tokenizer, tokenizer_3 = clip_tokenizer(words, text_length), t5_tokenizer(words, text_length)
         encoders = [
-            _clip_encoder(len(tokenizer), text_length, clip_hidden, clip_layers, tokenizer.eos_token_id, tokenizer.bos_token_id)
+            _clip_encoder(
+                len(tokenizer), text_length, clip_hidden, clip_layers, tokenizer.eos_token_id, tokenizer.bos_token_id
+            )
             for _ in range(2)
         ]
         t5 = T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer_3), d_model=joint, d_kv=32, d_ff=2 * joint, num_layers=t5_layers, num_heads=4,
-                     dropout_rate=0.0, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)  # fmt: skip
+            T5Config(
+                vocab_size=len(tokenizer_3),
+                d_model=joint,
+                d_kv=32,
+                d_ff=2 * joint,
+                num_layers=t5_layers,
+                num_heads=4,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+                use_cache=False,
+            )
         ).eval()
         vae = AutoencoderKL(
             in_channels=3, out_channels=3, latent_channels=latent_channels, sample_size=size,
@@ -122,10 +143,18 @@ def build_sd15(words: Iterable[str], *, size: int = 16, text_length: int = 12, s
         torch.manual_seed(seed)
         tokenizer = clip_tokenizer(list(words), text_length)
         encoder = CLIPTextModel(
-            CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                           num_attention_heads=2, max_position_embeddings=text_length, projection_dim=32,
-                           bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                           pad_token_id=tokenizer.eos_token_id)  # fmt: skip
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=text_length,
+                projection_dim=32,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
         ).eval()
         vae = AutoencoderKL(
             in_channels=3, out_channels=3, latent_channels=4, sample_size=size,

@@ -98,7 +98,10 @@ class Supervised(Regression):
         self.counter.reset()
         c = self.config
         steps, size = c.rollout.steps, c.rollout.window.size
-        work = c.batch.samples * (steps - (c.rollout.window.first + c.rollout.window.last) / 2) / 3 + c.batch.samples * size
+        work = (
+            c.batch.samples * (steps - (c.rollout.window.first + c.rollout.window.last) / 2) / 3
+            + c.batch.samples * size
+        )
         losses = [self._batch(draw) for draw in range(max(1, round(work / self.BATCH)))]
         self.iteration += 1
         row = {"iteration": self.iteration, "policy/loss": float(np.mean(losses)), "score/mean": None}

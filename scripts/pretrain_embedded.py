@@ -20,16 +20,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from flowrl.pipelines.tiny import build_sd3
 from flowrl.rewards.compositional import judge
+
 from flowrl.worlds.v1 import detect, render, scenes
 
 TEXT_LENGTH = 13
 
 
 def vocabulary() -> set[str]:
-    return {word for split in ("train", "held_out") for pool in scenes.prompts(split).values() for p in pool for word in p.text.split()}
+    return {
+        word
+        for split in ("train", "held_out")
+        for pool in scenes.prompts(split).values()
+        for p in pool
+        for word in p.text.split()
+    }
 
 
 def draw(count: int, rng: np.random.Generator) -> tuple[list[scenes.Prompt], torch.Tensor]:
@@ -52,12 +58,18 @@ def train_vae(vae: torch.nn.Module, steps: int, rng: np.random.Generator) -> Non
     vae.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (
+                2e-3 * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            )
         images = to_model(pool[rng.integers(len(pool), size=32)])
         posterior = vae.encode(images).latent_dist
         output = vae.decode(posterior.sample()).sample
         # Squared error favours blur; the absolute term keeps edges sharp. The weak KL keeps the latents near N(0, 1).
-        loss = F.mse_loss(output, images) + 0.5 * F.l1_loss(output, images) + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            F.mse_loss(output, images)
+            + 0.5 * F.l1_loss(output, images)
+            + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -84,13 +96,19 @@ def checker_accuracy(vae: torch.nn.Module, rng: np.random.Generator, count: int 
     rebuilt = torch.cat([vae.decode(vae.encode(to_model(part)).latent_dist.mean).sample for part in pixels.split(250)])
     found = {"renders": detect.detect(pixels.numpy()), "reconstructions": detect.detect(to_pixels(rebuilt))}
     return {
-        name: float(np.mean([judge(p.metadata, d).strict for p, d in zip(chosen, rows, strict=True)])) for name, rows in found.items()
+        name: float(np.mean([judge(p.metadata, d).strict for p, d in zip(chosen, rows, strict=True)]))
+        for name, rows in found.items()
     }
 
 
 def embed(pipe, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, _, pooled, _ = pipe.encode_prompt(
-        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH, device=torch.device("cpu")
+        texts,
+        None,
+        None,
+        do_classifier_free_guidance=False,
+        max_sequence_length=TEXT_LENGTH,
+        device=torch.device("cpu"),
     )
     return hidden, pooled
 
@@ -137,7 +155,9 @@ def rate(step: int, steps: int, peak: float) -> float:
 
 
 def train_flow(pipe, texts: list[str], latents: torch.Tensor, args: argparse.Namespace) -> tuple[list[dict], dict]:
-    modules = {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
+    modules = {
+        name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    }
     averaged = {name: copy.deepcopy(module) for name, module in modules.items()}
     parameters = [p for module in modules.values() for p in module.parameters()]
     shadow = [p for module in averaged.values() for p in module.parameters()]
@@ -182,7 +202,9 @@ def with_modules(pipe, modules: dict):
 
 def save(pipe, folder: Path) -> None:
     """Write the pipeline with half-precision weights; loading asks for float32."""
-    view = with_modules(pipe, {k: copy.deepcopy(m).half() for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)})
+    view = with_modules(
+        pipe, {k: copy.deepcopy(m).half() for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    )
     view.save_pretrained(folder, safe_serialization=True)
 
 
@@ -190,7 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--snapshots", default="", help="also save the averaged weights here at every evaluation")
-    parser.add_argument("--vae-from", default="", help="take the autoencoder of this pipeline folder and skip its training")
+    parser.add_argument(
+        "--vae-from", default="", help="take the autoencoder of this pipeline folder and skip its training"
+    )
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--pool", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=10_000)
@@ -225,7 +249,11 @@ def main() -> None:
         "command": "python scripts/pretrain_embedded.py --out assets/embedded_sd3",
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "snapshots")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "seconds": {"vae": clock["vae"] - clock["start"], "pool": clock["pool"] - clock["vae"], "flow": clock["flow"] - clock["pool"]},
+        "seconds": {
+            "vae": clock["vae"] - clock["start"],
+            "pool": clock["pool"] - clock["vae"],
+            "flow": clock["flow"] - clock["pool"],
+        },
         "checker_accuracy": accuracy,
         "curve": curve,
         "by_guidance": {str(g): evaluate(final, held_out_sample(600, 12), guidance=g) for g in (1.0, 2.0, 3.0, 4.5)},

@@ -89,7 +89,9 @@ def rollout(policy: Policy, groups: Groups, plan: RolloutPlan) -> Iterator[Traje
         yield _chunk(policy, groups, plan, start, first, g, m)
 
 
-def _chunk(policy: Policy, groups: Groups, plan: RolloutPlan, x: Tensor, first: int, group: Tensor, member: Tensor) -> Trajectory:
+def _chunk(
+    policy: Policy, groups: Groups, plan: RolloutPlan, x: Tensor, first: int, group: Tensor, member: Tensor
+) -> Trajectory:
     prompted, size, total = groups.prompted[group], len(x), policy.schedule.steps
     kept: dict[str, list[Tensor]] = {"x": [], "x_next": [], "old_log_prob": [], "std": []}
     for k in range(first, total):

@@ -63,7 +63,9 @@ def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
     family: Any = registry.resolve("pipeline", model.adapter)
     adapter = family.load(model.path, torch.bfloat16 if half and model.train == "lora" else torch.float32, device)
     if model.train == "lora":
-        adapter.add_lora(model.lora.rank, model.lora.alpha, model.lora.targets, rng.key(config.seed, 0, stream="initial"))
+        adapter.add_lora(
+            model.lora.rank, model.lora.alpha, model.lora.targets, rng.key(config.seed, 0, stream="initial")
+        )
     else:
         adapter.trainable().requires_grad_(True)
         if half:
@@ -72,7 +74,10 @@ def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
 
 
 def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Trainer) -> Parts:
-    """Make a trainer (of another class for studies). Prompts and rewards are read before the model, so that their errors come first."""
+    """Make a trainer (of another class for studies).
+
+    Prompts and rewards are read before the model, so that their errors come first.
+    """
     rows, row_weights = training_prompts(config)
     held_out = held_out_prompts(config)
     rewards = RewardRuntime(config.rewards, config.failures)
@@ -84,5 +89,7 @@ def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Train
         reference: Reference = adapter.lora_off
     else:
         reference = snapshot_reference(Weights(adapter.trainable()))
-    trainer = trainer_class(config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend)
+    trainer = trainer_class(
+        config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend
+    )
     return Parts(trainer, judged_by, held_out, reference)

@@ -31,11 +31,11 @@ def self_check(policy: Policy, batch: TrainingBatch, rows: Tensor, exact: bool) 
         finite = torch.isfinite(old)
         worst = max(worst, float(difference[finite].max()) if finite.any() else 0.0)
         if bool((difference[finite] > allowed[finite]).any()):
+            step = int(batch.trajectory.step[0, k]) if batch.trajectory.step is not None else k
             raise UserError(
-                f"start-up self-check: the log-prob of step {int(batch.trajectory.step[0, k]) if batch.trajectory.step is not None else k} "  # noqa: E501
-                f"recomputed for the update differs from the rollout's by up to {float(difference[finite].max()):.3g}. "
-                "Rollout and update must run the network alike: check the adapter for dropout or state kept between calls, "
-                "use the same attention backend, or set model.dtype=fp32."
+                f"start-up self-check: the log-prob of step {step} recomputed for the update differs from the rollout's by "
+                f"up to {float(difference[finite].max()):.3g}. Rollout and update must run the network alike: check the "
+                "adapter for dropout or state kept between calls, use one attention backend, or set model.dtype=fp32."
             )
     return worst
 

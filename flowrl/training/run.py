@@ -67,9 +67,7 @@ class Run:
     def go(self) -> int:
         """Train to the end, evaluate, report. Returns 0, or the exit code of a stop signal (143, 130)."""
         config, trainer = self.config, self.trainer
-        trackers = open_trackers(
-            self.folder, config.tracking.tensorboard and self.leads, start=trainer.iteration + 1
-        )
+        trackers = open_trackers(self.folder, config.tracking.tensorboard and self.leads, start=trainer.iteration + 1)
         shown = config.tracking.progress and self.leads
         with (
             StopSignals() as stop,
@@ -97,7 +95,9 @@ class Run:
                 if stopping or ended or self.due(config.checkpoint.every):
                     self.save(progress, must=bool(stopping) or ended)
                 if stopping:
-                    progress.message(f"stopped at iteration {trainer.iteration}; go on with: flowrl train --resume {self.folder}")
+                    progress.message(
+                        f"stopped at iteration {trainer.iteration}; go on with: flowrl train --resume {self.folder}"
+                    )
                     return 128 + stopping
             for tracker in trackers:
                 tracker.close()
@@ -116,7 +116,12 @@ class Run:
         """Write a checkpoint. A full disk keeps the old one and is tried again, up to three times running."""
         if not self.leads:
             return
-        info = {"config": config_hash(self.config), "flowrl": __version__, "torch": torch.__version__, "command": self.command}
+        info = {
+            "config": config_hash(self.config),
+            "flowrl": __version__,
+            "torch": torch.__version__,
+            "command": self.command,
+        }
         try:
             store.save(
                 self.folder / "checkpoints", self.trainer.iteration, self.trainer.state(),
@@ -161,7 +166,11 @@ class Run:
             known = [(float(v), r["prompt_id"]) for v, r in zip(values, rows, strict=True) if v is not None]
             if known:
                 interval = bootstrap_mean(*(list(c) for c in zip(*known, strict=True)), seed=0)
-                found |= {f"eval/{name}": interval.mean, f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
+                found |= {
+                    f"eval/{name}": interval.mean,
+                    f"eval/{name}_low": interval.low,
+                    f"eval/{name}_high": interval.high,
+                }
         return found
 
     def finish(self, progress: Progress) -> None:
@@ -194,7 +203,9 @@ class Run:
             "iteration": self.trainer.iteration, "machine": machine(),
             "settings": to_mapping(self.config)["evaluation"], **summarise([*base.rows, *tuned.rows]),
         }  # fmt: skip
-        (self.folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1, allow_nan=False), encoding="utf-8")
+        (self.folder / "evaluation.json").write_text(
+            json.dumps(evaluation, indent=1, allow_nan=False), encoding="utf-8"
+        )
 
     def export(self) -> None:
         """Write the averaged weights to export/, as diffusers loads them."""

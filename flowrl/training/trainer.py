@@ -155,9 +155,12 @@ class Trainer:
         with self.clock.phase("reward"):
             return self.rewards.submit(
                 RewardBatch(
-                    images=pixels, prompts=[r.prompt for r in requests], metadata=[r.metadata for r in requests],
-                    group_ids=part.group_id.tolist(), latents=part.x0,
-                )  # fmt: skip
+                    images=pixels,
+                    prompts=[r.prompt for r in requests],
+                    metadata=[r.metadata for r in requests],
+                    group_ids=part.group_id.tolist(),
+                    latents=part.x0,
+                )
             )
 
     def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:

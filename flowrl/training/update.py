@@ -91,7 +91,9 @@ def accumulate(
     """
     trajectory = batch.trajectory
     if trajectory.old_log_prob is None or trajectory.step is None:
-        raise ValueError("update: this trajectory holds no log-probs; forward-process methods have updates of their own")
+        raise ValueError(
+            "update: this trajectory holds no log-probs; forward-process methods have updates of their own"
+        )
     for number, rows in enumerate(parts):
         prompted = batch.prompted[batch.row[rows]]
         for k in range(trajectory.old_log_prob.shape[1]):

@@ -48,8 +48,12 @@ class Weights:
         wanted = {"policy": self.parameters} | ({"ema": self.shadow} if self.shadow else {})
         for part, tensors in wanted.items():
             found = state.get(part, {})
-            if list(found) != self.names or any(found[n].shape != t.shape for n, t in zip(self.names, tensors, strict=True)):
-                raise ValueError(f"checkpoint: {part} weights do not fit this model; was model.* changed since the run began?")
+            if list(found) != self.names or any(
+                found[n].shape != t.shape for n, t in zip(self.names, tensors, strict=True)
+            ):
+                raise ValueError(
+                    f"checkpoint: {part} weights do not fit this model; was model.* changed since the run began?"
+                )
         for part, tensors in wanted.items():
             with torch.no_grad():
                 for name, tensor in zip(self.names, tensors, strict=True):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from flowrl import api
 from flowrl.pipelines.sd3 import Sd3Adapter
 from flowrl.pipelines.stable_diffusion import StableDiffusionAdapter
+
+from flowrl import api
 from flowrl.records import Request
 from tests.training.helpers import make, small_config
 
@@ -112,7 +112,9 @@ def test_exported_lora_is_what_load_lora_weights_takes(tiny_sd3: Path, tmp_path:
     """A stock pipeline with the exported LoRA predicts what the averaged policy predicts; rank 4, alpha 8 is not 1."""
     from diffusers import StableDiffusion3Pipeline
 
-    config = small_config(tiny_sd3, run_dir=str(tmp_path / "run"), iterations=2, **{"ema.decay": 0.5, "optimizer.lr": 0.05})
+    config = small_config(
+        tiny_sd3, run_dir=str(tmp_path / "run"), iterations=2, **{"ema.decay": 0.5, "optimizer.lr": 0.05}
+    )
     api.train(config)
     trainer = make(config)
     from flowrl.checkpoint import store

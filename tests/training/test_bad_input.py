@@ -66,9 +66,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_message_and_exit_code(
-    name: str, tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_message_and_exit_code(name: str, tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, message = CASES[name]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(small_config(tiny_sd3, run_dir=str(tmp_path / "run"), **changes)))

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flowrl.pipelines.sd3 import Sd3Adapter
+from flowrl.rewards.compositional import judge
 
 from flowrl.config import load
 from flowrl.distributed.backend import Backend
-from flowrl.pipelines.sd3 import Sd3Adapter
 from flowrl.records import Request
-from flowrl.rewards.compositional import judge
 from flowrl.training.build import build
 from flowrl.worlds.v1 import detect, render, scenes
 
@@ -72,7 +72,9 @@ def test_pictures_follow_their_captions(adapter: Sd3Adapter) -> None:
     from flowrl.training.build import held_out_prompts
 
     config = load("demo", ["evaluation.count=100", "evaluation.per_prompt=1"])
-    found = evaluate(config, adapter, RewardRuntime(config.rewards, config.failures), held_out_prompts(config), "base", 0)
+    found = evaluate(
+        config, adapter, RewardRuntime(config.rewards, config.failures), held_out_prompts(config), "base", 0
+    )
     strict = np.mean([row["strict"] for row in found.rows])
     recorded = json.loads((FOLDER / "pretraining.json").read_text())
     expected = recorded["by_guidance"][str(float(config.evaluation.guidance))]["all"]

@@ -40,7 +40,9 @@ def later(factor: torch.Tensor) -> torch.Tensor:
 def test_policy_gradient_of_a_chain(kernel: str) -> None:
     """T-RL3: the update's gradient for an offset at step k is -b (dmean/dv)_k prod_{j>k} A_j / (trained steps)."""
     adapter = GaussianAdapter(10)
-    config = toy_config(**{"rollout.kernel.name": kernel, "batch.groups": 32, "batch.group_size": 128, "batch.micro_batch": 4096})
+    config = toy_config(
+        **{"rollout.kernel.name": kernel, "batch.groups": 32, "batch.group_size": 128, "batch.micro_batch": 4096}
+    )
     b = 1.0
     trainer = Trainer(config, adapter, LatentReward(lambda x0: b * x0.flatten(1).sum(1)), rows(32))
     gradients = []

@@ -86,7 +86,11 @@ def test_lora_gradients_reach_every_matrix_after_a_no_grad_rollout(tiny_sd3: Pat
     """B starts at 0, so A gets its first gradient at the second update; a stale cast cache would keep one at 0."""
     trainer = make(small_config(tiny_sd3))
     trainer.iterate()
-    still = [n for n, p in zip(trainer.weights.names, trainer.weights.parameters, strict=True) if "lora_B" in n and not p.any()]
+    still = [
+        n
+        for n, p in zip(trainer.weights.names, trainer.weights.parameters, strict=True)
+        if "lora_B" in n and not p.any()
+    ]
     # The last block's context stream feeds nothing: SD3 drops it there.
     assert all("context" in n or "add_" in n or "to_add_out" in n for n in still)
     assert any("lora_B" in n for n in trainer.weights.names if n not in still)
@@ -111,7 +115,9 @@ def test_self_check_finds_a_network_that_changes_between_calls(tiny_sd3: Path) -
     network, real = trainer.adapter.network, trainer.adapter.network.forward
     calls = iter(range(10_000))
     network.forward = lambda *a, **k: (real(*a, **k)[0] * (1 + 1e-3 * next(calls)),)
-    with pytest.raises(UserError, match=r"start-up self-check: the log-prob of step \d recomputed for the update differs"):
+    with pytest.raises(
+        UserError, match=r"start-up self-check: the log-prob of step \d recomputed for the update differs"
+    ):
         trainer.iterate()
 
 

@@ -32,7 +32,8 @@ def test_two_processes_equal_one(tiny_sd3: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
     ]
     assert [r["iteration"] for r in rows[1]] == [1, 2]
     for a, b in zip(*rows, strict=True):

@@ -179,7 +179,9 @@ def wait_for_iteration(folder: Path, number: int, process: subprocess.Popen) -> 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_signal_saves_and_the_run_continues_bit_exactly(tiny_sd3: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_stop_signal_saves_and_the_run_continues_bit_exactly(
+    tiny_sd3: Path, tmp_path: Path, number: int, code: int
+) -> None:
     config = small_config(tiny_sd3, run_dir=str(tmp_path / "run"), iterations=400, **{"checkpoint.every": 0})
     process = start_cli(config, tmp_path)
     wait_for_iteration(tmp_path / "run", 3, process)

@@ -75,7 +75,9 @@ def detect(images: npt.NDArray[np.uint8]) -> list[list[Detection]]:
     return found
 
 
-def _describe(mask: npt.NDArray[np.bool_], strength: npt.NDArray[np.float32], color: str, box: Sequence[slice]) -> Detection:
+def _describe(
+    mask: npt.NDArray[np.bool_], strength: npt.NDArray[np.float32], color: str, box: Sequence[slice]
+) -> Detection:
     rows, columns = box
     soft = mask * strength
     templates = _templates(*mask.shape)

@@ -10,7 +10,9 @@ import numpy.typing as npt
 from flowrl.worlds.v1.scenes import BACKGROUND, COLORS, SIZE, Item
 
 
-def coverage(shape: str, dx: npt.NDArray[np.float64], dy: npt.NDArray[np.float64], radius: float) -> npt.NDArray[np.float64]:
+def coverage(
+    shape: str, dx: npt.NDArray[np.float64], dy: npt.NDArray[np.float64], radius: float
+) -> npt.NDArray[np.float64]:
     """Share of each pixel that ``shape`` covers, in [0, 1], from the signed distance to its edge.
 
     dx, dy: offsets from the centre in pixels, any shape; radius in pixels.
