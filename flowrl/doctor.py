@@ -41,12 +41,12 @@ EXTRAS = (
     Extra(
         "clip",
         ("open_clip", "torchvision"),
-        "CLIP-based rewards (clip score, aesthetics, PickScore) and detectors on photographs",
+        "rewards of your own that use open-clip or torchvision (this version builds none in)",
     ),
-    Extra("xformers", ("xformers",), "the xformers attention backend; PyTorch's own attention is used"),
-    Extra("ocr", ("rapidocr", "onnxruntime"), "the reward for rendered text"),
-    Extra("deepspeed", ("deepspeed",), "ZeRO sharding of optimizer states and weights"),
-    Extra("wandb", ("wandb",), "tracking to Weights & Biases; metrics.jsonl is always written"),
+    Extra("xformers", ("xformers",), "diffusers' xformers attention backend; PyTorch's own attention is used"),
+    Extra("ocr", ("rapidocr", "onnxruntime"), "rewards of your own that read text with rapidocr (this version builds none in)"),
+    Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
+    Extra("wandb", ("wandb",), "nothing yet: this version writes metrics.jsonl and tensorboard files"),
     Extra("tensorboard", ("tensorboard",), "tracking.tensorboard; metrics.jsonl is always written"),
 )
 

@@ -139,6 +139,13 @@ def test_numbers_are_not_guessed(name: str, annotation: type) -> None:
             from_mapping(nested(name, value))
 
 
+@pytest.mark.parametrize("value", ["true", "1.0", "'1'", "2"])
+def test_options_are_compared_with_their_type(value: str) -> None:
+    assert load({}, ["advantage.ddof=1"]).advantage.ddof == 1
+    with pytest.raises(ConfigError, match=r"advantage\.ddof \(override\): expected one of 0, 1, found "):
+        load({}, [f"advantage.ddof={value}"])
+
+
 def test_an_int_is_taken_for_a_float() -> None:
     config = from_mapping({"optimizer": {"lr": 1}})
     assert type(config.optimizer.lr) is float
