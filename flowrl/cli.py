@@ -219,7 +219,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _load(args.source, args.items)
-    from flowrl.performance.plan import plan_text
+    from flowrl.plan import plan_text
 
     _write(plan_text(config))
     return 0

@@ -1,1 +1,1 @@
-"""What a run costs: phase timers, counted network calls, and the plan that foretells both."""
+"""What a run costs: phase timers and counted network calls."""

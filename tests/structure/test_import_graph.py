@@ -28,6 +28,7 @@ RANKS = {
     "training": 6,
     "text": 6,
     "doctor": 6,
+    "plan": 6,
     "methods": 6,
     "api": 7,
     "integrations": 7,

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from flowrl.config.schema import Batch, Config, Evaluation, Kl, Model, Objective, RewardEntry, Rollout, Window
-from flowrl.performance.plan import Count, plan, plan_text
+from flowrl.plan import Count, plan, plan_text
 
 SMALL = Batch(groups=4, group_size=8, micro_batch=16)  # 32 samples, 2 micro-batches
 
@@ -101,5 +101,5 @@ def test_text_names_the_numbers() -> None:
 
 
 def test_the_plan_needs_no_torch() -> None:
-    code = "import sys, flowrl.performance.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, flowrl.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
