@@ -60,6 +60,16 @@ def _clip_encoder(vocab: int, length: int, hidden: int, layers: int, eos: int, b
     return CLIPTextModelWithProjection(config).eval()
 
 
+def _t5_encoder(vocab: int, width: int, layers: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocab, d_model=width, d_kv=32, d_ff=2 * width, num_layers=layers, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
 def build_sd3(
     words: Iterable[str],
     *,
@@ -87,7 +97,6 @@ def build_sd3(
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import T5Config, T5EncoderModel
 
     words = list(words)
     joint = 2 * clip_hidden
@@ -100,20 +109,7 @@ def build_sd3(
             )
             for _ in range(2)
         ]
-        t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer_3),
-                d_model=joint,
-                d_kv=32,
-                d_ff=2 * joint,
-                num_layers=t5_layers,
-                num_heads=4,
-                dropout_rate=0.0,
-                feed_forward_proj="gated-gelu",
-                is_encoder_decoder=False,
-                use_cache=False,
-            )
-        ).eval()
+        t5 = _t5_encoder(len(tokenizer_3), joint, t5_layers)
         vae = AutoencoderKL(
             in_channels=3, out_channels=3, latent_channels=latent_channels, sample_size=size,
             down_block_types=("DownEncoderBlock2D",) * len(vae_channels),

@@ -14,7 +14,7 @@ import pytest
 from flowrl.config.schema import Failures, RewardEntry
 from flowrl.errors import UserError
 from flowrl.records import RewardBatch, RewardResult
-from flowrl.scoring.runtime import RewardFailure, RewardRuntime, Scored, labels
+from flowrl.scoring.runtime import RewardFailure, RewardRuntime, Scored, join, labels
 
 STARTED, RELEASE = threading.Event(), threading.Event()
 
@@ -272,3 +272,16 @@ def test_what_cannot_be_run() -> None:
             runtime.score(RewardBatch(good.images.astype(float), good.prompts, good.metadata))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="2 images, 1 prompts, 2 metadata, 0 group ids"):
             runtime.score(RewardBatch(good.images, ["one"], good.metadata))
+
+
+def test_parts_joined_are_the_whole() -> None:
+    rewards = [entry("says"), entry("Typed", 0.0, fault="none")]
+    whole = run(*rewards, values=("1", "none", "3"))
+    parts = join([run(*rewards, values=("1",)), run(*rewards, values=("none", "3"))])
+    np.testing.assert_array_equal(parts.scores, whole.scores)
+    assert parts.valid.tolist() == [True, False, True] and list(parts.errors) == list(whole.errors)
+    for label, result in whole.per_reward.items():
+        np.testing.assert_array_equal(parts.per_reward[label].scores, result.scores)
+        assert list(parts.per_reward[label].errors) == list(result.errors)
+        assert parts.per_reward[label].components.keys() == result.components.keys()
+    assert parts.per_reward["Typed"].details == ["seen"] * 3
