@@ -108,3 +108,15 @@ def test_other_layouts_are_refused(shape: tuple[int, ...]) -> None:
         detect(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="got float32"):
         detect(np.zeros((1, 36, 36, 3), np.float32))  # type: ignore[arg-type]
+
+
+def test_a_picture_filled_with_colour_is_no_square() -> None:
+    """The cheapest hack of all: paint everything white for "a white square"."""
+    from flowrl.worlds.v1.scenes import COLORS
+
+    image = np.zeros((1, 36, 36, 3), np.uint8)
+    image[:] = COLORS["white"]
+    assert [d.label for d in detect(image)[0]] == ["blob"]
+    image[:] = (34, 36, 42)
+    image[0, 4:20, 4:20] = COLORS["white"]
+    assert [d.label for d in detect(image)[0]] == ["blob"]

@@ -18,6 +18,7 @@ from flowrl.worlds.v1.render import coverage
 from flowrl.worlds.v1.scenes import BACKGROUND, COLORS, SHAPES
 
 MIN_PIXELS = 6  # smaller components are specks (0.46% of the picture)
+MAX_SIDE = 14  # the largest shape is 10 pixels across: a larger one is no shape of this world, however well it fits
 MIN_OVERLAP = 0.66  # below this no template fits: the object is reported as a "blob"
 
 _NAMES = tuple(COLORS)
@@ -84,5 +85,6 @@ def _describe(
     overlap = np.minimum(templates, soft).sum((1, 2)) / np.maximum(templates, soft).sum((1, 2))
     best = int(overlap.argmax())
     score = float(overlap[best])
-    label = SHAPES[best] if score >= MIN_OVERLAP and max(mask.shape) >= 5 else "blob"
+    fits = score >= MIN_OVERLAP and 5 <= max(mask.shape) <= MAX_SIDE
+    label = SHAPES[best] if fits else "blob"
     return Detection(label, score, (columns.start, rows.start, columns.stop, rows.stop), color)
