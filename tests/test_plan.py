@@ -56,11 +56,17 @@ def test_conditional_gradient_saves_backwards_only() -> None:
 
 
 def test_updates_split_the_groups_and_passes_repeat_them() -> None:
-    """3 updates on 4 groups of 8: shares 16, 8, 8 samples in 1 + 1 + 1 calls of at most 16; 2 steps, 2 passes."""
-    made = plan(Config(batch=SMALL, objective=Objective(updates=3, passes=2)))
+    """3 updates on 4 groups of 8: shares of 16, 8, 8 samples in 2 + 1 + 1 calls of 8; 2 steps, 2 passes.
+
+    The reference is asked once, whatever the number of passes.
+    """
+    objective = Objective(updates=3, passes=2, kl=Kl(form="velocity", weight=1.0))
+    made = plan(Config(batch=Batch(groups=4, group_size=8, micro_batch=8), objective=objective))
     assert made.updates == 6
     assert made.update_forward.samples == Count(128, 128, 128)
-    assert made.update_forward.calls == Count(12, 12, 12)
+    assert made.update_forward.calls == made.update_backward.calls == Count(16, 16, 16)
+    assert made.reference.samples == Count(64, 64, 64)
+    assert made.reference.calls == Count(8, 8, 8)
 
 
 def test_ragged_micro_batches_round_up() -> None:

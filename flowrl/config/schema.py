@@ -39,10 +39,13 @@ class Data:
     """prompts: "world/v1" for the embedded world's training sentences, or a file.
 
     format: "auto" takes world/... as the world and .txt as lines and .jsonl as jsonl; geneval and ocr are named.
+    tags: how often each tag of the prompts is drawn, as {tag: weight}, uniformly within a tag; a tag left out is not drawn.
+    Empty: the world's own weights, or one pass over the file after another.
     """
 
     prompts: str = "world/v1"
     format: Literal["auto", "lines", "jsonl", "geneval", "ocr"] = "auto"
+    tags: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,8 +60,8 @@ def evaluate(
         noise = rng.normal(keys, adapter.latent_shape(asked[0]))
         x0 = sample(policy, policy.encode(asked), noise)
         with torch.no_grad():
-            pixels = (adapter.decode(x0, asked[0]).nan_to_num(0.0) * 255).round().to(torch.uint8)
-        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            decoded = (adapter.decode(x0, asked[0]).nan_to_num(0.0) * 255).round().to(torch.uint8)
+        pixels = decoded.permute(0, 2, 3, 1).cpu().numpy()
         batch = RewardBatch(
             pixels, [r.prompt for r in asked], [r.metadata for r in asked], [r.prompt_id for r in asked], x0
         )

@@ -83,6 +83,7 @@ def metrics(count: int = 40) -> list[dict[str, Any]]:
         rows.append({
             "iteration": i, "reward/compositional/mean": 0.5 + 0.01 * i, "score/mean": 0.5, "policy/ratio_mean": 1.0,
             "policy/clip_fraction": 0.05, "policy/kl": 0.001 * i, "policy/ratio_mean/step_0": 1.001,
+            "policy/ratio_mean/step_2": 1.0,
             "policy/ratio_mean/step_10": 0.999, "policy/clip_fraction/step_0": 0.03, "group/live_fraction": 0.7,
             "grad_norm": 0.4, "lr": 1e-3, "time/iteration_s": 4.0, "time/rollout_s": 3.0, "time/other_s": 1.0,
             "calls/forward": 55, "calls/backward": 12, "memory/rss_mb": 1234.5,
@@ -114,7 +115,7 @@ def test_one_run_has_its_numbers(tmp_path: Path) -> None:
         "ratio, step 0", "ratio, step 10", "clipped, step 0", "KL to the reference", "eval/strict", "seed: 0",
     ):  # fmt: skip
         assert part in text, part
-    assert text.index("ratio, step 0") < text.index("ratio, step 10")
+    assert text.index("ratio, step 2") < text.index("ratio, step 10")
     assert sum(value.startswith("data:image/png;base64,") for value in parse(path).values) == 3
     assert not list((tmp_path / "demo").glob("*.part"))
 
