@@ -44,7 +44,11 @@ EXTRAS = (
         "rewards of your own that use open-clip or torchvision (this version builds none in)",
     ),
     Extra("xformers", ("xformers",), "diffusers' xformers attention backend; PyTorch's own attention is used"),
-    Extra("ocr", ("rapidocr", "onnxruntime"), "rewards of your own that read text with rapidocr (this version builds none in)"),
+    Extra(
+        "ocr",
+        ("rapidocr", "onnxruntime"),
+        "rewards of your own that read text with rapidocr (this version builds none in)",
+    ),
     Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
     Extra("wandb", ("wandb",), "nothing yet: this version writes metrics.jsonl and tensorboard files"),
     Extra("tensorboard", ("tensorboard",), "tracking.tensorboard; metrics.jsonl is always written"),

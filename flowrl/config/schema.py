@@ -45,7 +45,7 @@ class Data:
 
     prompts: str = "world/v1"
     format: Literal["auto", "lines", "jsonl", "geneval", "ocr"] = "auto"
-    tags: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

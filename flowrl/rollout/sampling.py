@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,13 @@ def rollout(policy: Policy, groups: Groups, plan: RolloutPlan) -> Iterator[Traje
     if plan.shared:
         everyone = torch.arange(count)
         parts = []
-        for rows in everyone.split(plan.chunk):
+        for rows in torch.split(everyone, plan.chunk):
             x = _noise(plan, groups, rows, torch.zeros_like(rows), 0, "initial").to(device)
             parts.append(_walk(policy, x, range(first), groups.prompted[rows]))
         prefix = torch.cat(parts)
     group = torch.arange(count).repeat_interleave(groups.size)
     member = torch.arange(groups.size).repeat(count)
-    for rows in torch.arange(len(group)).split(plan.chunk):
+    for rows in torch.split(torch.arange(len(group)), plan.chunk):
         g, m = group[rows], member[rows]
         start = _noise(plan, groups, g, m, 0, "initial").to(device) if prefix is None else prefix[g]
         yield _chunk(policy, groups, plan, start, first, g, m)
@@ -130,7 +131,7 @@ def _chunk(
 
 def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
     """One trajectory of all rows, in order; schedule, kernel and the like are those of the first."""
-    merged = {
+    merged: dict[str, Any] = {
         f.name: torch.cat([getattr(part, f.name) for part in parts])
         for f in fields(Trajectory)
         if isinstance(getattr(parts[0], f.name), Tensor)

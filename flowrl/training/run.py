@@ -161,16 +161,12 @@ class Run:
         with self.trainer.weights.averaged():
             rows = self.evaluate("checkpoint", self.parts.evaluation_prompts[: self.config.evaluation.quick]).rows
         found: dict[str, Any] = {}
-        columns = {"strict": [r["strict"] for r in rows], "score": [r["score"] for r in rows]}
-        for name, values in columns.items():
-            known = [(float(v), r["prompt_id"]) for v, r in zip(values, rows, strict=True) if v is not None]
+        for name in ("strict", "score"):
+            known = [(float(r[name]), int(r["prompt_id"])) for r in rows if r[name] is not None]
             if known:
-                interval = bootstrap_mean(*(list(c) for c in zip(*known, strict=True)), seed=0)
-                found |= {
-                    f"eval/{name}": interval.mean,
-                    f"eval/{name}_low": interval.low,
-                    f"eval/{name}_high": interval.high,
-                }
+                interval = bootstrap_mean([value for value, _ in known], [prompt for _, prompt in known], seed=0)
+                found[f"eval/{name}"] = interval.mean
+                found |= {f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
         return found
 
     def finish(self, progress: Progress) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowrl import rng
 from flowrl.advantage import CHANNEL_ESTIMATORS, drop_thin_groups, estimate
 from flowrl.config.schema import Config
 from flowrl.data.sampler import Drawn, draw_groups
@@ -122,15 +122,22 @@ class Trainer:
         )  # fmt: skip
         with self.clock.phase("encode"):
             prompted = self.policy.encode(requests)
-        ids = [torch.tensor([getattr(d, name) for d in mine]) for name in ("prompt_id", "occurrence", "group_id")]
-        groups = Groups(*ids, prompted=prompted, size=config.batch.group_size)
+        groups = Groups(
+            prompt_id=torch.tensor([d.prompt_id for d in mine]),
+            occurrence=torch.tensor([d.occurrence for d in mine]),
+            group_id=torch.tensor([d.group_id for d in mine]),
+            prompted=prompted,
+            size=config.batch.group_size,
+        )
         plan = RolloutPlan(
             shape=self.shape, steps=steps, shared=config.rollout.share_prefix,
             chunk=config.batch.micro_batch, storage_dtype=STORAGE[config.rollout.storage_dtype],
             reduction=config.objective.log_prob_reduction, seed=self.seed, iteration=self.iteration,
             policy_version=self.updates,
         )  # fmt: skip
-        parts, pending, row = [], [], torch.arange(len(mine)).repeat_interleave(groups.size)
+        parts: list[Trajectory] = []
+        pending: list[Future[Scored]] = []
+        row = torch.arange(len(mine)).repeat_interleave(groups.size)
         made = rollout(self.policy, groups, plan)
         while True:
             with self.clock.phase("rollout"):
@@ -147,7 +154,7 @@ class Trainer:
         self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.valid)).numpy())
         return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])))
 
-    def _submit(self, part: Trajectory, requests: Sequence[Request]) -> Any:
+    def _submit(self, part: Trajectory, requests: Sequence[Request]) -> Future[Scored]:
         with self.clock.phase("decode"):
             images = self.adapter.decode(part.x0, requests[0])
             # A latent that is not finite shows as black; its sample is masked by finite_rows.
@@ -266,8 +273,3 @@ def learning_rate(config: Config, update: int) -> float:
     total = config.iterations * config.objective.updates * config.objective.passes
     rate = o.lr * min(1.0, (update + 1) / o.warmup) if o.warmup else o.lr
     return rate * max(0.0, 1 - update / total) if o.schedule == "linear" else rate
-
-
-def evaluation_key(seed: int, prompt_id: int, member: int) -> int:
-    """The key of an evaluation sample's start noise: the same for every checkpoint."""
-    return rng.key(seed, 0, prompt_id, member=member, stream="evaluation")

@@ -55,10 +55,10 @@ def chunks(batch: TrainingBatch, minibatch: int, size: int, skip_silent: bool) -
     chosen = batch.mask & (batch.minibatch == minibatch)
     if skip_silent:
         chosen = chosen & (batch.advantage != 0)
-        return list(chosen.nonzero().flatten().split(size))
+        return list(torch.split(chosen.nonzero().flatten(), size))
     # Whole chunks as the rollout made them: equal batch shapes give equal numbers, and masked rows weigh nothing.
     rows = (batch.minibatch == minibatch).nonzero().flatten()
-    return [part for part in rows.split(size) if bool(chosen[part].any())]
+    return [part for part in torch.split(rows, size) if bool(chosen[part].any())]
 
 
 @torch.no_grad()

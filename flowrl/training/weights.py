@@ -63,14 +63,13 @@ class Weights:
 @contextmanager
 def swapped(parameters: list[torch.nn.Parameter], values: list[Tensor]) -> Iterator[None]:
     """Put ``values`` into the parameters for the time of the block; copies, never aliases."""
-    saved = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, values)
+    live = [p.detach() for p in parameters]  # share the parameters' memory
+    saved = [tensor.clone() for tensor in live]
+    torch._foreach_copy_(live, values)
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
+        torch._foreach_copy_(live, saved)
 
 
 def snapshot_reference(weights: Weights) -> Callable[[], AbstractContextManager[None]]:

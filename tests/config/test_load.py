@@ -41,6 +41,8 @@ def other_value(annotation: Any, now: Any) -> Any:
         return (0.25, 0.75)
     if annotation == tuple[RewardEntry, ...]:
         return (RewardEntry(name="other", weight=0.5, args={"k": [1, "two", None]}),)
+    if annotation == dict[str, float]:
+        return {"colors": 2.5}
     return {bool: not now, int: 7, float: 0.125, str: "other"}[annotation]
 
 
@@ -124,8 +126,12 @@ def test_every_misspelt_setting_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", IDS)
 def test_every_wrong_type_is_refused(name: str) -> None:
+    wrong = {"a": "b"} if name == "data.tags" else {"a": 1}  # the one setting that is a mapping, of numbers
     with pytest.raises(ConfigError) as caught:
-        from_mapping(nested(name, {"a": 1}))
+        from_mapping(nested(name, wrong))
+    if name == "data.tags":
+        assert caught.value.problems[0].startswith("data.tags.a: expected a number")
+        return
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(f"{name}: expected ")
     assert ", found a mapping" in caught.value.problems[0]
