@@ -72,3 +72,13 @@ class _Constant:
 
         n = len(batch)
         return RewardResult(np.full(n, 0.5, np.float32), np.ones(n, bool), [None] * n)
+
+
+def test_the_plan_foretells_the_calls(tiny_sd3: Path) -> None:
+    """flowrl plan's own arithmetic agrees with the hooks on the first recipe (the literal numbers above hold both)."""
+    from flowrl.plan import plan
+
+    config = small_config(tiny_sd3, **{"rollout.window.first": 1, "rollout.window.last": 1})
+    made, counted = plan(config), calls(config)
+    assert (made.forward.calls.mean, made.forward.samples.mean) == (counted["forward"], counted["forward_samples"])
+    assert (made.update_backward.calls.mean, made.update_backward.samples.mean) == (4, 16)
