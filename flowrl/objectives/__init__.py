@@ -22,9 +22,10 @@ METHODS: tuple[Method, ...] = (
         title="Flow-GRPO: group-relative clipped updates on stochastic denoising steps, with a reference penalty",
         tier=1,
         evidence={
-            "exact": _TESTS + "test_first_update_has_ratio_one_and_the_policy_gradient",
+            "exact": "tests/training/test_exact.py::test_trainer_reaches_the_optimum_under_path_kl",
             "formula": _TESTS + "test_loss_and_statistics_against_a_plain_loop",
             "identity": _TESTS + "test_micro_batches_add_up_to_the_whole",
+            "learned": "docs/results/learning/flow_grpo-0.json",
         },
         config="objective.name=flow_grpo",
     ),
