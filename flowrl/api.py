@@ -49,7 +49,7 @@ def train(
     """
     config = config if isinstance(config, Config) else load(config)
     backend = _backend()
-    check(config, backend.world)
+    config = check(config, backend.world)
     folder = Path(config.run_dir)
     if (folder / "config.yaml").exists():
         raise UserError(
@@ -69,7 +69,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), callbacks: Sequenc
     folder = Path(folder)
     config = load(folder / "config.yaml", overrides)
     backend = _backend()
-    check(config, backend.world)
+    config = check(config, backend.world)
     root = folder / "checkpoints"
     loaded = store.load(root) if store.list_checkpoints(root) else None
     run = _open(config, folder, _command(folder), callbacks, backend)
@@ -114,7 +114,7 @@ def _evaluate_base(config: Config) -> str:
     from flowrl.evaluation.grids import contact_sheet
     from flowrl.evaluation.statistics import summarise, summary_text
 
-    check(config)
+    config = check(config)
     run = _open(config, Path(config.run_dir), "flowrl eval", (), _backend())
     found = run.evaluate("base", run.parts.evaluation_prompts)
     folder = run.folder / "grids"
