@@ -46,19 +46,25 @@ def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str,
     return row
 
 
-def of_update(seen: Sequence[tuple[int, LossTerms]], norms: Sequence[float], lr: float, updates: int) -> dict[str, Any]:
-    """Loss, ratio, clipping and KL over all updates of an iteration, and ratio and clipping by step."""
-    if not seen:
+def of_update(
+    seen: Sequence[tuple[int, LossTerms]], norms: Sequence[float], lr: float, updates: int, backend: Backend
+) -> dict[str, Any]:
+    """Loss, ratio, clipping and KL over all updates and processes; ratio and clipping by step are this process's own."""
+    names = ("ratio_mean", "clip_fraction", "approx_kl")
+    sums = torch.zeros(3 + len(names), dtype=torch.float64)
+    if seen:
+        whole = merge_terms([terms for _, terms in seen])
+        means = [getattr(whole, name) * whole.count for name in names]
+        sums = torch.stack([v.double().cpu() for v in (whole.loss, whole.kl, whole.count, *means)])
+    loss, kl, count, *means = backend.total(sums).tolist()
+    if not count:
         return {"update/steps": 0, "optimizer/lr": lr}
-    whole = merge_terms([terms for _, terms in seen])
-    row: dict[str, Any] = {
-        "policy/loss": _number(whole.loss / updates),
-        "policy/kl": _number(whole.kl / updates),
-        "policy/ratio_mean": _number(whole.ratio_mean),
-        "policy/ratio_max_deviation": _number(whole.ratio_max_deviation),
-        "policy/clip_fraction": _number(whole.clip_fraction),
-        "policy/approx_kl": _number(whole.approx_kl),
-        "optimizer/grad_norm": _number(torch.tensor(norms).mean()),
+    row: dict[str, Any] = {"policy/loss": _finite(loss / updates), "policy/kl": _finite(kl / updates)}
+    row |= {f"policy/{name}": _finite(value / count) for name, value in zip(names, means, strict=True)}
+    if seen:
+        row["policy/ratio_max_deviation"] = _finite(float(whole.ratio_max_deviation))
+    row |= {
+        "optimizer/grad_norm": _finite(float(torch.tensor(norms).mean())),
         "optimizer/lr": lr,
         "update/steps": updates,
     }
@@ -67,13 +73,12 @@ def of_update(seen: Sequence[tuple[int, LossTerms]], norms: Sequence[float], lr:
         by_step[step].append(terms)
     for step, parts in sorted(by_step.items()):
         merged = merge_terms(parts)
-        row[f"policy/ratio_mean/step_{step}"] = _number(merged.ratio_mean)
-        row[f"policy/clip_fraction/step_{step}"] = _number(merged.clip_fraction)
+        row[f"policy/ratio_mean/step_{step}"] = _finite(float(merged.ratio_mean))
+        row[f"policy/clip_fraction/step_{step}"] = _finite(float(merged.clip_fraction))
     return row
 
 
-def _number(value: Tensor) -> float | None:
-    number = float(value)
+def _finite(number: float) -> float | None:
     return number if np.isfinite(number) else None
 
 

@@ -227,7 +227,7 @@ class Trainer:
                     seen += accumulate(self.policy, objective, batch, rows, weight, references[m])
                 with self.clock.phase("optimizer"):
                     norms.append(self._step())
-        return metrics.of_update(seen, norms, self.optimizer.param_groups[0]["lr"], max(1, len(norms)))
+        return metrics.of_update(seen, norms, self.optimizer.param_groups[0]["lr"], max(1, len(norms)), self.backend)
 
     def _step(self) -> float:
         """Clip, check, step, average; returns the gradient norm. A norm that is not finite changes no weight."""

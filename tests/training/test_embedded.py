@@ -90,7 +90,7 @@ def test_the_recorded_plateau() -> None:
 
 
 def test_one_iteration_of_the_recipe() -> None:
-    config = load("demo", ["batch.groups=2", "batch.group_size=8", "threads=1", "iterations=1"])
+    config = load("demo", ["batch.groups=2", "batch.group_size=8", "threads=1", "iterations=1", "objective.updates=1"])
     row = build(config, Backend()).trainer.iterate()
     assert row["policy/ratio_max_deviation"] in (0.0, pytest.approx(0.0, abs=1e-5))
     assert 0 < row["score/mean"] < 1
