@@ -7,10 +7,12 @@ import itertools
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flowrl import rng
+from flowrl.errors import UserError
+from flowrl.records import PromptRow
 
 _PASS, _WEIGHTED = 0, 1  # the `step` part of the key keeps the two ways of drawing apart
 
@@ -77,3 +79,15 @@ def _checked(weights: Sequence[float], count: int) -> Sequence[float]:
     ):
         raise ValueError("draw_groups: weights must be finite, at least 0, and not all 0")
     return weights
+
+
+def weights_by_tag(rows: Sequence[PromptRow], tags: Mapping[str, float]) -> list[float]:
+    """Weight of each row so that a draw takes a tag in proportion to ``tags``, then one of its rows uniformly."""
+    sizes = Counter(str(row.metadata.get("tag", "")) for row in rows)
+    unknown = [tag for tag in tags if tag not in sizes]
+    if unknown:
+        raise UserError(f"data.tags: no prompt has the tag {unknown[0]!r}; the tags are {', '.join(sorted(sizes))}")
+    wrong = [tag for tag, weight in tags.items() if not isinstance(weight, int | float) or not 0 <= weight < math.inf]
+    if wrong or not any(tags.values()):
+        raise UserError(f"data.tags.{(wrong or list(tags))[0]}: weights are numbers of at least 0, one of them above 0")
+    return [tags.get(str(row.metadata.get("tag", "")), 0.0) / sizes[str(row.metadata.get("tag", ""))] for row in rows]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import torch
 from flowrl import registry, rng
 from flowrl.config.schema import Config, RewardEntry
 from flowrl.data.prompts import read_prompts
+from flowrl.data.sampler import weights_by_tag
 from flowrl.distributed.backend import Backend
-from flowrl.errors import UserError
 from flowrl.protocols import PipelineAdapter
 from flowrl.records import PromptRow
 from flowrl.scoring.runtime import RewardRuntime
@@ -42,18 +40,6 @@ def training_prompts(config: Config) -> tuple[list[PromptRow], list[float] | Non
         return rows, weights_by_tag(rows, config.data.tags) if config.data.tags else tag_weights(rows)
     rows = read_prompts(Path(config.data.prompts), config.data.format)
     return rows, weights_by_tag(rows, config.data.tags) if config.data.tags else None
-
-
-def weights_by_tag(rows: Sequence[PromptRow], tags: Mapping[str, float]) -> list[float]:
-    """Weight of each row so that a draw takes a tag in proportion to ``tags``, then one of its rows uniformly."""
-    sizes = Counter(str(row.metadata.get("tag", "")) for row in rows)
-    unknown = [tag for tag in tags if tag not in sizes]
-    if unknown:
-        raise UserError(f"data.tags: no prompt has the tag {unknown[0]!r}; the tags are {', '.join(sorted(sizes))}")
-    wrong = [tag for tag, weight in tags.items() if not isinstance(weight, int | float) or not 0 <= weight < math.inf]
-    if wrong or not any(tags.values()):
-        raise UserError(f"data.tags.{(wrong or list(tags))[0]}: weights are numbers of at least 0, one of them above 0")
-    return [tags.get(str(row.metadata.get("tag", "")), 0.0) / sizes[str(row.metadata.get("tag", ""))] for row in rows]
 
 
 def held_out_prompts(config: Config) -> list[PromptRow]:

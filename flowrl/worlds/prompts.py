@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
 from flowrl import rng
+from flowrl.data.sampler import weights_by_tag
 from flowrl.errors import UserError
 from flowrl.records import PromptRow, RewardBatch
 from flowrl.worlds.v1 import scenes
@@ -35,8 +35,7 @@ def world_rows(name: str, split: Literal["train", "held_out"]) -> list[PromptRow
 
 def tag_weights(rows: Sequence[PromptRow]) -> list[float]:
     """Weight of each row so that a draw takes a tag by TAG_WEIGHT and then a row of that tag uniformly."""
-    sizes = Counter(row.metadata["tag"] for row in rows)
-    return [scenes.TAG_WEIGHT[row.metadata["tag"]] / sizes[row.metadata["tag"]] for row in rows]
+    return weights_by_tag(rows, scenes.TAG_WEIGHT)
 
 
 def evaluation_rows(count: int, seed: int, name: str = "world/v1") -> list[PromptRow]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from flowrl.config import load
+from flowrl.data.sampler import weights_by_tag
 from flowrl.errors import UserError
-from flowrl.training.build import training_prompts, weights_by_tag
+from flowrl.training.build import training_prompts
 
 GENEVAL = Path(__file__).parents[1] / "data" / "geneval_test_metadata.jsonl"
 
