@@ -1,10 +1,13 @@
 """Pre-train the embedded Stable Diffusion 3 pipeline on world v1 from nothing, and write it to assets/embedded_sd3.
 
-    python scripts/pretrain_embedded.py --out assets/embedded_sd3
+    python scripts/pretrain_embedded.py --out first
+    python scripts/pretrain_embedded.py --from first --seed 1 --steps 3334 --lr 3e-4 --out second
+    python scripts/pretrain_embedded.py --from second --seed 2 --steps 4445 --lr 1e-4 --out assets/embedded_sd3
 
 Three stages, all seeded: the autoencoder on renders, a pool of encoded scenes, then transformer and text encoders together
-by rectified-flow matching. Writes pretraining.json beside the weights: settings, times, and the accuracy curve on held-out
-prompts that shows the plateau.
+by rectified-flow matching. The later commands go on from the averaged weights of the one before with fresh scenes and a
+fresh optimizer; the third is the last quarter of pre-training, and what it adds shows the plateau. Writes pretraining.json
+beside the weights: settings, times, and the accuracy curve on held-out prompts.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import copy
 import json
 import math
 import platform
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
 from flowrl.pipelines.tiny import build_sd3
 from flowrl.rewards.compositional import judge
 
@@ -147,7 +152,7 @@ def held_out_sample(count: int, seed: int) -> list[scenes.Prompt]:
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up, constant to 35%, cosine to 5% of the peak at 75%, then flat: the last quarter shows the plateau."""
+    """Warm-up, constant to 35%, cosine to 5% of the peak at 75%, then flat."""
     at = step / steps
     if at < 0.35:
         return peak * min(1.0, (step + 1) / 200)
@@ -206,6 +211,18 @@ def save(pipe, folder: Path) -> None:
         pipe, {k: copy.deepcopy(m).half() for k, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     )
     view.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):  # loading leaves the folder's path in the configs
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def prepare_vae(pipe, args: argparse.Namespace) -> None:
+    if args.vae_from:
+        pipe.vae = type(pipe.vae).from_pretrained(args.vae_from, subfolder="vae", torch_dtype=torch.float32)
+    else:
+        train_vae(pipe.vae, args.vae_steps, np.random.default_rng([args.seed, 1]))
+        pipe.vae.save_pretrained(Path(args.out) / "vae")
 
 
 def main() -> None:
@@ -215,6 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--vae-from", default="", help="take the autoencoder of this pipeline folder and skip its training"
     )
+    parser.add_argument("--from", dest="start", default="", help="go on from the weights of this pipeline folder")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--pool", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=10_000)
@@ -225,20 +243,19 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    pipe = build_sd3(vocabulary(), size=scenes.SIZE, text_length=TEXT_LENGTH, seed=args.seed)
     clock = {"start": time.time()}
-    if args.vae_from:
-        pipe.vae = type(pipe.vae).from_pretrained(args.vae_from, subfolder="vae", torch_dtype=torch.float32)
+    if args.start:
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.start, torch_dtype=torch.float32)
     else:
-        train_vae(pipe.vae, args.vae_steps, np.random.default_rng([args.seed, 1]))
-        pipe.vae.save_pretrained(Path(args.out) / "vae")
+        pipe = build_sd3(vocabulary(), size=scenes.SIZE, text_length=TEXT_LENGTH, seed=args.seed)
+        prepare_vae(pipe, args)
     accuracy = checker_accuracy(pipe.vae, np.random.default_rng([args.seed, 2]))
     clock["vae"] = time.time()
     print("checker accuracy", accuracy, f"{clock['vae'] - clock['start']:.0f}s", flush=True)
     texts, latents = encode_pool(pipe.vae, args.pool, np.random.default_rng([args.seed, 3]))
-    shift, scale = latents.mean().item(), 1.0 / latents.std().item()
-    pipe.vae.register_to_config(shift_factor=shift, scaling_factor=scale)
-    latents = (latents - shift) * scale
+    if not args.start:
+        pipe.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1.0 / latents.std().item())
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     clock["pool"] = time.time()
     print(f"pool {len(texts)} scenes {clock['pool'] - clock['vae']:.0f}s", flush=True)
     curve, averaged = train_flow(pipe, texts, latents, args)
@@ -246,8 +263,8 @@ def main() -> None:
     final = with_modules(pipe, averaged)
     save(final, Path(args.out))
     report = {
-        "command": "python scripts/pretrain_embedded.py --out assets/embedded_sd3",
-        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "snapshots")},
+        "command": "python scripts/pretrain_embedded.py " + " ".join(sys.argv[1:]),
+        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "snapshots", "start")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "seconds": {
             "vae": clock["vae"] - clock["start"],
