@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from flowrl import registry
 from flowrl.advantage.catalogue import METHODS as ADVANTAGE_METHODS
-from flowrl.advantage.catalogue import Method
+from flowrl.advantage.method import Method
+from flowrl.advantage.pipeline import inputs_of, options_of
+from flowrl.config import engine
 from flowrl.errors import UserError
 from flowrl.objectives import METHODS as OBJECTIVE_METHODS
 
@@ -19,7 +21,9 @@ class Entry:
 
     key: unique within its kind. tier: 1 trained end to end, 2 formula or worked numbers, 3 reconstructed. paper: arXiv
     number or "". evidence: label (exact, golden, formula, identity, learned, reconstructed) to a test id
-    (``path::test``) or a results file. config: the override that runs it, or "".
+    (``path::test``) or a results file. config: the override that runs it, or "". refusal: why a training run on
+    denoising steps cannot name it, or "". inputs: what the function takes ("?" behind an optional one); options: its
+    keywords with their defaults. exempt: property that the whole registry is tested for -> why this entry is not.
     """
 
     key: str
@@ -29,6 +33,10 @@ class Entry:
     title: str
     evidence: Mapping[str, str]
     config: str
+    refusal: str = ""
+    inputs: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    exempt: Mapping[str, str] = field(default_factory=dict)
 
 
 _KERNELS = "tests/dynamics/test_kernels.py::"
@@ -132,16 +140,43 @@ def methods_json() -> str:
 
 
 def methods_text() -> str:
-    """Write the table for a terminal: one row a method, its evidence as labels."""
+    """Write the table for a terminal: one row a method, its evidence as labels; then what is exempt from what, and why."""
+    found = entries()
     rows = [("kind", "key", "tier", "paper", "evidence", "config")]
-    rows += [(r.kind, r.key, str(r.tier), r.paper or "-", ",".join(r.evidence), r.config or "-") for r in entries()]
+    rows += [(r.kind, r.key, str(r.tier), r.paper or "-", ",".join(r.evidence), r.config or "-") for r in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    exempt = [f"  {r.key}: {name}: {reason}" for r in found for name, reason in r.exempt.items()]
+    return "\n".join([*lines, "", "exempt from a property that is tested over the whole registry:", *exempt])
+
+
+def methods_markdown(kinds: Sequence[str]) -> str:
+    """Write the entries of ``kinds`` as a Markdown table: what each needs, and what a training run says to it."""
+    lines = ["| key | what | paper | tier | needs | in a training run |", "|---|---|---|---|---|---|"]
+    for r in entries():
+        if r.kind in kinds:
+            needs = ", ".join(f"`{name}`" for name in r.inputs if not name.endswith("?"))
+            run = f"`{r.config}`" if r.config else r.refusal or "called by hand"
+            paper = f"[{r.paper}](https://arxiv.org/abs/{r.paper})" if r.paper else "-"
+            lines.append(f"| `{r.key}` | {r.title} | {paper} | {r.tier} | {needs} | {run} |")
+    return "\n".join(lines)
+
+
+_CONFIG = {"estimator": ("advantage.name", engine.SUPPLIED), "policy_loss": ("objective.loss", engine.LOSS_INPUTS)}
 
 
 def _entry(method: Method) -> Entry:
+    config, refusal, inputs, options = method.config, "", (), {}
+    if method.call is not None:
+        inputs = tuple(name if required else f"{name}?" for name, required in inputs_of(method.call).items())
+        options = {name: repr(value) for name, value in options_of(method.call).items()}
+        if method.kind in _CONFIG:
+            key, supplied = _CONFIG[method.kind]
+            refusal = engine.refused(method, method.call, supplied)
+            config = config or ("" if refusal else f"{key}={method.key}")
+        elif method.tokens_only:
+            refusal = method.tokens_only
     return Entry(
-        method.key, method.kind, method.tier, method.paper_id, method.title, dict(method.evidence), method.config
-    )
+        method.key, method.kind, method.tier, method.paper_id, method.title, dict(method.evidence), config,
+        refusal, inputs, options, dict(method.exempt),
+    )  # fmt: skip

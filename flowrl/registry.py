@@ -34,8 +34,42 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "jpeg": "flowrl.rewards.jpeg:JpegSize",
     }
 )
-ADVANTAGES: Mapping[str, str] = MappingProxyType(
-    {name: f"flowrl.advantage.estimators:{name}" for name in ("grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo")}
+
+
+def _engine(modules: Mapping[str, str]) -> Mapping[str, str]:
+    """Map names to the engine's functions; a name stands for the function of that name, or is written name=function."""
+    pairs = [(module, *item.partition("=")[::2]) for module, items in modules.items() for item in items.split()]
+    return MappingProxyType({name: f"flowrl.advantage.{module}:{other or name}" for module, name, other in pairs})
+
+
+ADVANTAGES: Mapping[str, str] = _engine(
+    {
+        "estimators": "grpo dr_grpo rloo lite_ppo gdpo",
+        "anchors": "gigpo",
+        "baselines": "poise v0 remax pass_at_k gpg",
+        "local_terms": "mt_grpo a2tgpo capo_credit",
+        "macro_returns": "ma_rlhf hae mt_ppo eapo",
+        "normalisation": "bnpo copo dgpo_difficulty adora",
+        "optimal_baselines": "opo otb oblr_po=optimal_baseline",
+        "process_terms": "oprl prl prorag",
+        "returns": "gae open_reasoner_zero t_ppo pdppo reinforce_pp reinforce_pp_baseline",
+        "stages": "rubricem brpo grpo_vps full_rollout graph_grpo",
+        "streams": "spo_single_stream dcpo_smoothed",
+        "tempered": "dcpo_distribution",
+        "token_terms": "ktae gtpo",
+        "trees": "spo_tree spo_chain grpo_ma",
+        "weighting": "empg r3l",
+    }
+)
+POLICY_LOSSES: Mapping[str, str] = _engine(
+    {
+        "clipping": "ppo dual_clip dapo bapo gppo dcpo_dynamic",
+        "contrastive_losses": "copg real",
+        "regularised_losses": "r2vpo rapo bgpo",
+        "sequence_losses": "gspo gmpo luspo vespo dhpo",
+        "unified": "upge scope otr",
+        "weighted_losses": "cispo sapo dppo dro clip_cov kl_cov",
+    }
 )
 OBJECTIVES: Mapping[str, str] = MappingProxyType({"flow_grpo": "flowrl.objectives.flow_grpo:flow_grpo_loss"})
 KERNELS: Mapping[str, str] = MappingProxyType(
@@ -47,6 +81,7 @@ _TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(
         "pipeline": (PIPELINES, "flowrl.pipelines"),
         "reward": (REWARDS, "flowrl.rewards"),
         "advantage": (ADVANTAGES, None),
+        "policy_loss": (POLICY_LOSSES, None),
         "objective": (OBJECTIVES, None),
         "kernel": (KERNELS, None),
         "method": (MappingProxyType({}), "flowrl.methods"),
@@ -59,7 +94,7 @@ RUNTIME_PARAMETERS = frozenset({"batch", "images", "prompts", "metadata", "group
 def targets(kind: str) -> dict[str, str]:
     """Map every name of a kind to its ``module:attr``: built-in ones first, then entry points of other packages.
 
-    kind: pipeline, reward, advantage, objective, kernel, method. Raises UserError where two packages claim one name.
+    kind: pipeline, reward, advantage, policy_loss, objective, kernel, method. Raises UserError where two packages claim one name.
     """
     table, group = _table(kind)
     found = dict(table)

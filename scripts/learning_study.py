@@ -76,12 +76,12 @@ class BestOfGroup(Regression):
         best = []
         for group in torch.unique(groups).tolist():
             rows = ((groups == group) & batch.mask).nonzero().flatten()
-            if len(rows) and bool((batch.advantage[rows] != 0).any()):
-                best.append(rows[batch.advantage[rows].argmax()])
+            if len(rows) and bool(batch.signal[rows].any()):
+                best.append(rows[batch.advantage[rows, 0].argmax()])
         if not best:
             return {"update/steps": 0}
         chosen = torch.stack(best)
-        live = int((batch.mask & (batch.advantage != 0)).sum()) * int(batch.trajectory.trained_mask[0].sum())
+        live = int(batch.signal.sum()) * int(batch.trajectory.trained_mask[0].sum())
         chosen = chosen.repeat(max(1, live // len(chosen)))
         with self.clock.phase("update"):
             loss = self._regress(batch.trajectory.x0[chosen], batch.row[chosen], batch.prompted, 0)

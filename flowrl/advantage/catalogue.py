@@ -1,142 +1,82 @@
-"""What the engine holds, one entry a method, each with the tests that back it."""
+"""What the engine holds: the entries of every module, gathered; each entry stands beside its code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from typing import Any
 
-EVIDENCE_LABELS = ("exact", "golden", "formula", "identity", "learned", "reconstructed")
-KINDS = ("estimator", "policy_loss", "kl", "aggregation", "objective")
+from . import (
+    anchors,
+    bandits,
+    baselines,
+    clipping,
+    conflict,
+    contrastive_losses,
+    controllers,
+    curriculum,
+    estimators,
+    kl,
+    local_terms,
+    macro_returns,
+    normalisation,
+    optimal_baselines,
+    optimisers,
+    preference,
+    process_terms,
+    progress,
+    redistribution,
+    regularised_losses,
+    returns,
+    selection,
+    sequence_losses,
+    stages,
+    streams,
+    tempered,
+    token_terms,
+    trees,
+    unified,
+    weighted_losses,
+    weighting,
+)
+from .aggregation import AGGREGATIONS
+from .loss_record import PolicyLoss
+from .method import EVIDENCE_LABELS, KINDS, Method
+from .record import Advantage
 
-
-@dataclass(frozen=True)
-class Method:
-    """One method: what it is, where it comes from, why its numbers can be trusted, how a config names it.
-
-    key: unique within its kind. kind: one of KINDS. paper_id: arXiv number, "" where there is none. tier: 1 trained
-    end to end, 2 formula or worked numbers, 3 reconstructed. evidence: label (exact: a closed-form answer; golden:
-    numbers of a public implementation; formula: an independent transcription; identity: reduces to a known method;
-    learned: a recorded curve; reconstructed: the source could not be read) -> test id. config: the override that runs
-    it, "" where a config cannot name it yet. Raises ValueError for an unknown kind, label or tier.
-    """
-
-    key: str
-    kind: str
-    paper_id: str
-    title: str
-    tier: int
-    evidence: Mapping[str, str]
-    config: str = ""
-
-    def __post_init__(self) -> None:
-        unknown = set(self.evidence) - set(EVIDENCE_LABELS)
-        if unknown or not self.evidence:
-            raise ValueError(
-                f"method {self.key}: evidence needs labels of {EVIDENCE_LABELS}, got {sorted(self.evidence)}"
-            )
-        if self.kind not in KINDS or self.tier not in (1, 2, 3):
-            raise ValueError(f"method {self.key}: kind {self.kind!r} or tier {self.tier} is unknown")
-        object.__setattr__(self, "evidence", MappingProxyType(dict(self.evidence)))
-
-
-_ESTIMATORS = "tests/advantage/test_estimators.py::"
-_CHANNELS = "tests/advantage/test_gdpo.py::"
 _LOSSES = "tests/advantage/test_losses.py::"
 
 METHODS: tuple[Method, ...] = (
-    Method(
-        key="grpo",
-        kind="estimator",
-        paper_id="2402.03300",
-        title="GRPO: rewards standardised inside their group",
-        tier=1,
-        evidence={
-            "exact": _ESTIMATORS + "test_grpo_worked_numbers",
-            "formula": _ESTIMATORS + "test_against_plain_loops",
-            "identity": _ESTIMATORS + "test_grpo_is_dr_grpo_over_its_deviation",
-        },
-        config="advantage.name=grpo",
-    ),
-    Method(
-        key="dr_grpo",
-        kind="estimator",
-        paper_id="2503.20783",
-        title="Dr.GRPO: group mean taken off, no division by the deviation",
-        tier=2,
-        evidence={
-            "exact": _ESTIMATORS + "test_dr_grpo_worked_numbers",
-            "formula": _ESTIMATORS + "test_against_plain_loops",
-        },
-        config="advantage.name=dr_grpo",
-    ),
-    Method(
-        key="rloo",
-        kind="estimator",
-        paper_id="2402.14740",
-        title="RLOO: each reward against the mean of the others in its group",
-        tier=2,
-        evidence={
-            "exact": _ESTIMATORS + "test_rloo_worked_numbers",
-            "formula": _ESTIMATORS + "test_against_plain_loops",
-            "identity": _ESTIMATORS + "test_rloo_is_dr_grpo_times_n_over_n_minus_one",
-        },
-        config="advantage.name=rloo",
-    ),
-    Method(
-        key="lite_ppo",
-        kind="estimator",
-        paper_id="2508.08221",
-        title="Lite PPO: group mean, deviation of the whole batch",
-        tier=2,
-        evidence={
-            "exact": _ESTIMATORS + "test_lite_ppo_worked_numbers",
-            "formula": _ESTIMATORS + "test_against_plain_loops",
-            "identity": _ESTIMATORS + "test_lite_ppo_of_one_group_is_grpo",
-        },
-        config="advantage.name=lite_ppo",
-    ),
-    Method(
-        key="gdpo",
-        kind="estimator",
-        paper_id="2601.05242",
-        title="GDPO: each reward channel standardised on its own before they are added",
-        tier=2,
-        evidence={
-            "exact": _CHANNELS + "test_worked_numbers",
-            "formula": _CHANNELS + "test_against_a_plain_loop",
-            "identity": _CHANNELS + "test_one_channel_without_batch_norm_is_grpo",
-        },
-        config="advantage.name=gdpo",
-    ),
-    Method(
-        key="ppo",
-        kind="policy_loss",
-        paper_id="1707.06347",
-        title="PPO's clipped surrogate, with separate lower and upper bounds",
-        tier=2,
-        evidence={
-            "exact": _LOSSES + "test_clipped_value_and_gradient_table",
-            "formula": _LOSSES + "test_clipped_against_a_plain_loop",
-            "identity": _LOSSES + "test_clipped_on_policy_is_the_policy_gradient",
-        },
-        config="objective.clip_range=0.2",
-    ),
-    *(
-        Method(
-            key=key,
-            kind="kl",
-            paper_id="",
-            title=title,
-            tier=2,
-            evidence={"exact": _LOSSES + test, "identity": _LOSSES + "test_kl_estimators_vanish_on_policy"},
-        )
-        for key, title, test in (
-            ("k1", "KL estimator x: unbiased, of either sign", "test_k1_and_k3_average_to_the_exact_kl"),
-            ("k2", "KL estimator x^2 / 2: the gradient of KL", "test_k2_gradient_is_the_exact_kl_gradient"),
-            ("k3", "KL estimator exp(-x) + x - 1: unbiased, never negative", "test_k1_and_k3_average_to_the_exact_kl"),
-        )
-    ),
+    *estimators.METHODS,
+    *anchors.METHODS,
+    *bandits.METHODS,
+    *baselines.METHODS,
+    *clipping.METHODS,
+    *conflict.METHODS,
+    *contrastive_losses.METHODS,
+    *controllers.METHODS,
+    *curriculum.METHODS,
+    *kl.METHODS,
+    *local_terms.METHODS,
+    *macro_returns.METHODS,
+    *normalisation.METHODS,
+    *optimal_baselines.METHODS,
+    *optimisers.METHODS,
+    *preference.METHODS,
+    *process_terms.METHODS,
+    *progress.METHODS,
+    *redistribution.METHODS,
+    *regularised_losses.METHODS,
+    *returns.METHODS,
+    *selection.METHODS,
+    *sequence_losses.METHODS,
+    *stages.METHODS,
+    *streams.METHODS,
+    *tempered.METHODS,
+    *token_terms.METHODS,
+    *trees.METHODS,
+    *unified.METHODS,
+    *weighted_losses.METHODS,
+    *weighting.METHODS,
     *(
         Method(
             key=key,
@@ -161,3 +101,14 @@ METHODS: tuple[Method, ...] = (
         )
     ),
 )
+
+
+def _calls(kind: str) -> dict[str, Callable[..., Any]]:
+    return {m.key: m.call for m in METHODS if m.kind == kind and m.call is not None}
+
+
+ESTIMATORS: Mapping[str, Callable[..., Advantage]] = _calls("estimator")
+POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = _calls("policy_loss")
+JOINT_LOSSES = frozenset(m.key for m in METHODS if m.joint)
+
+__all__ = ["AGGREGATIONS", "ESTIMATORS", "EVIDENCE_LABELS", "JOINT_LOSSES", "KINDS", "METHODS", "POLICY_LOSSES", "Method"]

@@ -109,11 +109,15 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage:
-    """How scores become advantages; see flowrl.advantage. clip: advantages are clipped to +- this; 0 is off."""
+    """How scores become advantages; see flowrl.advantage. options: the estimator's own, such as {ddof: 1, eps: 1e-6}.
+
+    whiten: standardise afterwards over the batch, counting every trained step or every sample once. clip: advantages
+    are clipped to +- this; 0 is off.
+    """
 
     name: str = "grpo"
-    ddof: Literal[0, 1] = 0
-    eps: float = 1e-4
+    options: dict[str, Any] = field(default_factory=dict)
+    whiten: Literal["none", "step", "sample"] = "none"
     clip: float = 5.0
 
 
@@ -133,11 +137,14 @@ class Kl:
 class Objective:
     """The policy loss. clip_range is in units of the ratio under ``log_prob_reduction``.
 
+    loss: a policy loss of flowrl.advantage; clip_range is that of ppo, the others take bounds from loss_options.
     updates: optimizer steps a pass, each on its share of the groups; passes: how often a rollout is trained on.
     skip_silent: leave out groups whose advantages are all zero (the same gradient, fewer calls); only without a KL term.
     """
 
     name: str = "flow_grpo"
+    loss: str = "ppo"
+    loss_options: dict[str, Any] = field(default_factory=dict)
     clip_range: float = 0.2
     log_prob_reduction: Literal["sum", "mean", "sqrt"] = "sqrt"
     updates: int = 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flowrl import registry
+from flowrl.config import engine
 from flowrl.config.dialect import ConfigError
 from flowrl.config.load import from_mapping
 from flowrl.config.render import to_mapping
@@ -31,7 +32,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         checkpoint.every
     """),
     ("use more than 0", lambda value: value > 0, """
-        model.lora.alpha advantage.eps objective.clip_range optimizer.eps optimizer.max_grad_norm
+        model.lora.alpha objective.clip_range optimizer.eps optimizer.max_grad_norm
     """),
     ("use at least 0 and less than 1", lambda value: 0 <= value < 1, "optimizer.betas.0 optimizer.betas.1 ema.decay"),
     ("use 0 to 1", lambda value: 0 <= value <= 1, "failures.max_invalid_fraction"),
@@ -144,9 +145,8 @@ def _prompts(section: str, prompts: str, form: str) -> Iterator[str]:
 
 def _batch(config: Config) -> Iterator[str]:
     size = config.batch.group_size
-    if config.advantage.name not in registry.names("advantage"):
-        yield f"advantage.name: {registry.unknown('advantage', config.advantage.name)}"
-    elif size == 1:
+    yield from engine.problems(config)
+    if size == 1:
         yield (
             f"batch.group_size: {config.advantage.name} compares the members of a group, and a group of 1 has none; "
             "use at least 2"

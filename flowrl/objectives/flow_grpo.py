@@ -1,18 +1,21 @@
 """Flow-GRPO's update: the clipped surrogate over stochastic denoising steps, with a penalty towards a reference.
 
-2505.05470 equations 5 and 6. One element is one trained transition of one sample; all transitions of a sample share
-its advantage.
+2505.05470 equations 5 and 6. One element is one trained transition of one sample. Any loss of the engine can take the
+place of the clipped surrogate: ``surrogate_terms`` for those that look at one transition at a time,
+``coefficient_terms`` for those that look at a whole trajectory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowrl.advantage import clipped, clipped_high, clipped_low, k1, ratio
+from flowrl.advantage import PolicyLoss, clipped, clipped_high, clipped_low, k1, ratio
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], PolicyLoss]
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,94 @@ def flow_grpo_loss(
     given with kl_weight 0 is reported and not trained on. Raises ValueError where a shape differs from log_prob's or
     a bound is out of range.
     """
-    others = {"old_log_prob": old_log_prob, "advantage": advantage, "kl": kl, "weight": weight}
-    _check_shapes(log_prob.shape, others)
+
+    def surrogate(now: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> PolicyLoss:
+        rho = ratio(now, old)
+        high = clip_range if clip_high is None else clip_high
+        return PolicyLoss(
+            loss=clipped(rho, advantage, clip_range, clip_high),
+            low=clipped_low(rho, advantage, clip_range),
+            high=clipped_high(rho, advantage, high),
+        )
+
+    return surrogate_terms(log_prob, old_log_prob, advantage, surrogate, kl, kl_weight, weight)
+
+
+def surrogate_terms(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    surrogate: Surrogate,
+    kl: Tensor | None,
+    kl_weight: float,
+    weight: Tensor,
+) -> LossTerms:
+    """Sum any loss that looks at one transition at a time: loss = sum_n w_n (L_n + kl_weight kl_n).
+
+    surrogate: (log_prob, old_log_prob, advantage, mask), each [N, 1], -> PolicyLoss, as the engine's losses are. The
+    rest as ``flow_grpo_loss``, which is this with PPO's surrogate.
+    """
+    _check_shapes(log_prob.shape, {"old_log_prob": old_log_prob, "advantage": advantage, "kl": kl, "weight": weight})
     weight = weight.detach()
     live = weight != 0
     # Selected before any arithmetic: 0 * NaN is NaN, in the value and in the backward pass.
     log_prob = torch.where(live, log_prob, 0.0)
     old_log_prob = torch.where(live, old_log_prob.detach(), 0.0)
     advantage = torch.where(live, advantage.detach(), 0.0)
-    rho = ratio(log_prob, old_log_prob)
-    policy_loss = (weight * clipped(rho, advantage, clip_range, clip_high)).sum()
+    made = surrogate(log_prob[:, None], old_log_prob[:, None], advantage[:, None], live[:, None])
+    return _terms((weight * made.loss[:, 0]).sum(), log_prob, old_log_prob, made, kl, kl_weight, weight)
+
+
+def coefficient_terms(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    coefficient: Tensor,
+    made: PolicyLoss,
+    kl: Tensor | None,
+    kl_weight: float,
+    weight: Tensor,
+) -> LossTerms:
+    """Carry the gradient of a loss over whole trajectories to one of its steps.
+
+    A loss L(l_1 ... l_K) that looks at several steps or rows together has the gradient sum_k (dL/dl_k) grad l_k. With
+    ``coefficient`` = dL/dl_k (float32 [N], weights included) at the present weights, sum_n c_n l_n has that gradient
+    step by step. made: the step's part of the loss, [N, 1], reported as the value. The rest as ``flow_grpo_loss``.
+    """
+    _check_shapes(
+        log_prob.shape, {"old_log_prob": old_log_prob, "coefficient": coefficient, "kl": kl, "weight": weight}
+    )
+    weight, coefficient = weight.detach(), coefficient.detach()
+    live = weight != 0
+    log_prob = torch.where(live, log_prob, 0.0)
+    old_log_prob = torch.where(live, old_log_prob.detach(), 0.0)
+    carried = (torch.where(live, coefficient, 0.0) * log_prob).sum()
+    value = (weight * made.loss[:, 0].detach()).sum()
+    policy_loss = value + (carried - carried.detach())
+    return _terms(policy_loss, log_prob, old_log_prob, made, kl, kl_weight, weight)
+
+
+def _terms(
+    policy_loss: Tensor,
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    made: PolicyLoss,
+    kl: Tensor | None,
+    kl_weight: float,
+    weight: Tensor,
+) -> LossTerms:
+    live = weight != 0
     loss, penalty = policy_loss, torch.zeros_like(policy_loss)
     if kl is not None:
         penalty = (weight * torch.where(live, kl, 0.0)).sum()
         loss = policy_loss + kl_weight * penalty if kl_weight else policy_loss
     with torch.no_grad():
+        rho = ratio(log_prob, old_log_prob)
         count = live.sum()
         share = live / count.clamp(min=1)
-        low = (share * clipped_low(rho, advantage, clip_range)).sum()
-        high = (share * clipped_high(rho, advantage, clip_range if clip_high is None else clip_high)).sum()
+        low, high = (
+            torch.zeros_like(share.sum()) if bound is None else (share * bound[:, 0]).sum()
+            for bound in (made.low, made.high)
+        )
         return LossTerms(
             loss=loss,
             policy_loss=policy_loss.detach(),

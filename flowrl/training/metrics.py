@@ -40,9 +40,10 @@ def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str,
             have = mask & torch.from_numpy(np.isfinite(values))
             row[f"reward/{name}/{part}"] = _mean(torch.from_numpy(values), have, backend)
     row["score/invalid"] = int(backend.total((~valid).sum()))
-    trained = credit.loss_mask
+    trained = credit.loss_mask.any(dim=1)
     row["group/live_fraction"] = float(credit.live[trained].float().mean()) if bool(trained.any()) else 0.0
-    row["group/std_mean"] = float(credit.group_std[trained].mean()) if bool(trained.any()) else None
+    if credit.group_std is not None:
+        row["group/std_mean"] = float(credit.group_std[trained].mean()) if bool(trained.any()) else None
     return row
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl.advantage import CHANNEL_ESTIMATORS, drop_thin_groups, estimate
 from flowrl.config.schema import Config
 from flowrl.data.sampler import Drawn, draw_groups
 from flowrl.distributed.backend import Backend
@@ -25,6 +24,7 @@ from flowrl.rollout.policy import Policy, Prompted
 from flowrl.rollout.sampling import Groups, RolloutPlan, concatenate, rollout
 from flowrl.scoring.runtime import RewardRuntime, Scored, join
 from flowrl.training import metrics
+from flowrl.training.credit import assign
 from flowrl.training.guards import SkippedUpdates, self_check
 from flowrl.training.update import Reference, TrainingBatch, accumulate, chunks, reference_values
 from flowrl.training.weights import Weights
@@ -173,25 +173,15 @@ class Trainer:
     def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:
         """Advantages from all processes' scores, cut back to this process's samples."""
         config, trajectory = self.config, collected.trajectory
-        channels = config.advantage.name in CHANNEL_ESTIMATORS
-        weights = {label: w for label, w in self.rewards.weights.items() if w} if channels else {}
-        per_reward = [torch.from_numpy(collected.scored.per_reward[label].scores) for label in weights]
-        scores = torch.stack(per_reward, 1) if channels else torch.from_numpy(collected.scored.scores)
-        scores = self.backend.gather(scores.double())
-        valid = self.backend.gather(torch.from_numpy(collected.scored.valid))
-        group = self.backend.gather(trajectory.group_id)
-        valid = drop_thin_groups(valid, group, config.failures.min_valid)
-        a = config.advantage
-        credit = estimate(
-            a.name, scores, group, valid, ddof=a.ddof, eps=a.eps, clip=a.clip,
-            weights=torch.tensor(list(weights.values()), dtype=torch.float64) if channels else None,
-        )  # fmt: skip
+        weights = {label: w for label, w in self.rewards.weights.items() if w}
+        credit = assign(config, collected.scored, trajectory, weights, self.backend)
         mine = slice(self.backend.rank * len(trajectory), (self.backend.rank + 1) * len(trajectory))
         part = (trajectory.group_id - trajectory.group_id.min()) * config.objective.updates
         local = part // (config.batch.groups // self.backend.world)
         return TrainingBatch(
-            trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.loss_mask[mine], local
-        ), credit
+            trajectory, collected.prompted, collected.row,
+            credit.advantage[mine], credit.weight[mine], credit.loss_mask[mine], local,
+        ), credit  # fmt: skip
 
     def _self_check(self, batch: TrainingBatch, rows: Tensor) -> None:
         before = replace(self.counter.counts)
@@ -217,14 +207,16 @@ class Trainer:
         norms: list[float] = []
         for _ in range(objective.passes):
             for m, rows in enumerate(parts):
-                live = batch.mask & (batch.minibatch == m)
+                here = batch.minibatch == m
+                live = batch.element & here[:, None]
                 count = self.backend.total(live.sum())
-                signal = self.backend.total((live & (batch.advantage != 0)).sum())
+                signal = self.backend.total((here & batch.signal).sum())
                 if not int(count) or not (with_kl or int(signal)):
                     continue  # nothing to learn from: an optimizer step would only spend momentum
-                weight = live.float() / (int(count) * steps)
+                weight = torch.where(live, batch.weight, 0.0) / int(count)
+                on_policy = not norms  # no step taken yet: the weights are those of the rollout
                 with self.clock.phase("update"):
-                    seen += accumulate(self.policy, objective, batch, rows, weight, references[m])
+                    seen += accumulate(self.policy, objective, batch, rows, weight, references[m], on_policy)
                 with self.clock.phase("optimizer"):
                     norms.append(self._step())
         return metrics.of_update(seen, norms, self.optimizer.param_groups[0]["lr"], max(1, len(norms)), self.backend)

@@ -15,26 +15,39 @@ from torch import Tensor
 
 from flowrl.config.schema import Objective
 from flowrl.dynamics.log_prob import log_prob, reference_kl
-from flowrl.objectives.flow_grpo import LossTerms, flow_grpo_loss
+from flowrl.objectives.flow_grpo import LossTerms, coefficient_terms, surrogate_terms
 from flowrl.records import Trajectory
 from flowrl.rollout.policy import Policy, Prompted
+from flowrl.training import losses
 
 Reference = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One rollout ready to be trained on. advantage: float32 [B]; mask: bool [B], samples with a reward.
+    """One rollout ready to be trained on. K transitions of each of B samples are trained.
 
-    row: int64 [B], the row of ``prompted`` that belongs to each sample; minibatch: int64 [B], the update it belongs to.
+    row: int64 [B], the row of ``prompted`` that belongs to each sample; advantage, weight: float32 [B, K]; element:
+    bool [B, K], what is trained; minibatch: int64 [B], the update a sample belongs to.
     """
 
     trajectory: Trajectory
     prompted: Prompted
     row: Tensor
     advantage: Tensor
-    mask: Tensor
+    weight: Tensor
+    element: Tensor
     minibatch: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B]: samples with a trained element."""
+        return self.element.any(dim=1)
+
+    @property
+    def signal(self) -> Tensor:
+        """bool [B]: samples whose policy loss has a gradient."""
+        return ((self.advantage != 0) & (self.weight != 0) & self.element).any(dim=1)
 
 
 def replay_log_prob(policy: Policy, batch: TrainingBatch, rows: Tensor, k: int) -> Tensor:
@@ -54,7 +67,7 @@ def chunks(batch: TrainingBatch, minibatch: int, size: int, skip_silent: bool) -
     """Row indices of one minibatch in calls of ``size``; with ``skip_silent`` only rows that carry a gradient."""
     chosen = batch.mask & (batch.minibatch == minibatch)
     if skip_silent:
-        chosen = chosen & (batch.advantage != 0)
+        chosen = chosen & batch.signal
         return list(torch.split(chosen.nonzero().flatten(), size))
     # Whole chunks as the rollout made them: equal batch shapes give equal numbers, and masked rows weigh nothing.
     rows = (batch.minibatch == minibatch).nonzero().flatten()
@@ -84,16 +97,22 @@ def accumulate(
     parts: Sequence[Tensor],
     weight: Tensor,
     references: dict[tuple[int, int], tuple[Tensor, Tensor]],
+    on_policy: bool,
 ) -> Iterator[tuple[int, LossTerms]]:
     """Add the gradients of one minibatch to the parameters; yield (step of the schedule, terms) for each call.
 
-    weight: float32 [B], 1 / (trained transitions of the minibatch over all processes), 0 for masked samples.
+    weight: float32 [B, K], the credit's weight over the trained elements of the minibatch on all processes, 0 for what
+    is not trained. on_policy: the weights are still those of the rollout, so its log-probs are the present ones.
     """
     trajectory = batch.trajectory
     if trajectory.old_log_prob is None or trajectory.step is None:
         raise ValueError(
             "update: this trajectory holds no log-probs; forward-process methods have updates of their own"
         )
+    method = losses.choose(objective)
+    joint = None
+    if method.joint:
+        joint = losses.whole(method, policy_log_probs(policy, batch, parts, on_policy), batch, parts, weight)
     for number, rows in enumerate(parts):
         prompted = batch.prompted[batch.row[rows]]
         for k in range(trajectory.old_log_prob.shape[1]):
@@ -104,9 +123,31 @@ def accumulate(
             if objective.kl.form != "none":
                 mean_ref, value_ref = references[number, k]
                 kl = reference_kl(objective.kl.form, made.mean, mean_ref, made.std, made.point, made.value, value_ref)
-            terms = flow_grpo_loss(
-                now, trajectory.old_log_prob[rows, k].to(now.device), batch.advantage[rows].to(now.device),
-                objective.clip_range, kl, objective.kl.weight, weight[rows].to(now.device),
-            )  # fmt: skip
+            old, w = trajectory.old_log_prob[rows, k].to(now.device), weight[rows, k].to(now.device)
+            if joint is None:
+                advantage = batch.advantage[rows, k].to(now.device)
+                terms = surrogate_terms(now, old, advantage, method.surrogate, kl, objective.kl.weight, w)
+            else:
+                coefficient, part = joint.of(rows, k, now.device)
+                terms = coefficient_terms(now, old, coefficient, part, kl, objective.kl.weight, w)
             terms.loss.backward()  # type: ignore[no-untyped-call]
             yield int(step[0]), terms
+
+
+@torch.no_grad()
+def policy_log_probs(policy: Policy, batch: TrainingBatch, parts: Sequence[Tensor], on_policy: bool) -> Tensor:
+    """Log-probs of all trained transitions under the present weights: float32 [B, K], 0 in rows of no part.
+
+    A loss over whole trajectories needs them before any of its gradients. On policy they are those of the rollout, and
+    no call is spent.
+    """
+    stored = batch.trajectory.old_log_prob
+    if stored is None:
+        raise ValueError("update: this trajectory holds no log-probs")
+    if on_policy:
+        return stored.clone()
+    now = torch.zeros_like(stored)
+    for rows in parts:
+        for k in range(stored.shape[1]):
+            now[rows, k] = replay_log_prob(policy, batch, rows, k).to(now.device)
+    return now

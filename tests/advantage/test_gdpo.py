@@ -122,8 +122,9 @@ def test_a_masked_member_never_changes_the_others(seed: int) -> None:
 def test_through_the_dispatcher() -> None:
     rewards, group = _case(5)
     weights = torch.tensor([1.0, 3.0, 0.0])
-    ours = estimate("gdpo", rewards, group, ddof=1, eps=0.1, clip=1.0, weights=weights).advantage
-    assert torch.equal(ours, gdpo(rewards, group, ddof=1, eps=0.1, weights=weights).advantage.clamp(-1, 1))
+    inputs = {"rewards": rewards, "group": group, "weights": weights}
+    ours = estimate("gdpo", inputs, {"ddof": 1, "eps": 0.1}, clip=1.0).advantage
+    assert torch.equal(ours, gdpo(rewards, group, None, weights, ddof=1, eps=0.1).advantage.clamp(-1, 1))
 
 
 @pytest.mark.parametrize(
@@ -137,5 +138,5 @@ def test_through_the_dispatcher() -> None:
 )
 def test_bad_input_is_named(rewards: torch.Tensor, weights: torch.Tensor | None, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        estimate("gdpo", rewards, PAIR_GROUP, weights=weights)
+        gdpo(rewards, PAIR_GROUP, None, weights)
     assert message in str(error.value)

@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, sys.argv[1])
 before = set(sys.modules)
 from project.vendored import engine
-out = engine.estimate("grpo", torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([5, 5, 5, 5]), clip=5.0)
+out = engine.estimate("grpo", {"rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]), "group": torch.tensor([5] * 4)}, clip=5.0)
 loss = engine.clipped(torch.ones(4), out.advantage, 0.2)
 new = sorted(set(sys.modules) - before)
 print(json.dumps({"advantage": out.advantage.tolist(), "loss": loss.tolist(), "new": new}))

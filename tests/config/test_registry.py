@@ -56,7 +56,7 @@ def add_entry_points(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str, 
     )
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "reward", "advantage", "objective", "kernel"])
+@pytest.mark.parametrize("kind", ["pipeline", "reward", "advantage", "policy_loss", "objective", "kernel"])
 def test_every_built_in_name_resolves(kind: str) -> None:
     for name in registry.names(kind):
         assert callable(registry.resolve(kind, name)), name
@@ -67,7 +67,9 @@ def test_tables_agree_with_the_catalogues() -> None:
     from flowrl.dynamics.kernels import KERNELS
     from flowrl.objectives import OBJECTIVES
 
-    assert registry.names("advantage") == sorted(method.key for method in METHODS if method.kind == "estimator")
+    for name, kind in (("advantage", "estimator"), ("policy_loss", "policy_loss")):
+        calls = {method.key: method.call for method in METHODS if method.kind == kind}
+        assert {key: registry.resolve(name, key) for key in registry.names(name)} == calls
     assert registry.names("kernel") == sorted(KERNELS)
     assert registry.names("objective") == sorted(OBJECTIVES)
     assert {name: registry.resolve("kernel", name) for name in KERNELS} == KERNELS

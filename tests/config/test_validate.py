@@ -76,7 +76,7 @@ def test_just_outside_is_refused(override: str, key: str) -> None:
         "iterations", "model.lora.rank", "batch.groups", "batch.group_size", "batch.micro_batch", "rollout.window.size",
         "rollout.window.every", "objective.updates", "objective.passes", "ema.every", "evaluation.count",
         "evaluation.per_prompt", "evaluation.steps", "evaluation.quick", "objective.clip_range", "optimizer.eps",
-        "advantage.eps", "model.lora.alpha", "optimizer.max_grad_norm",
+        "model.lora.alpha", "optimizer.max_grad_norm",
     ],
 )  # fmt: skip
 def test_zero_is_out_of_range(key: str) -> None:

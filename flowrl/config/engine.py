@@ -1,0 +1,83 @@
+"""What a config may ask of the advantage engine: names, options, and what a training run can supply.
+
+torch is imported only where a config strays from the plain group estimators and PPO's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flowrl import registry
+from flowrl.config.schema import Config
+
+if TYPE_CHECKING:
+    from flowrl.advantage import Method
+
+# What training/credit.py hands to an estimator, and training/losses.py to a policy loss.
+SUPPLIED = frozenset({"rewards", "group", "valid", "weights", "mask", "step_reward", "trajectory", "length", "cost"})
+LOSS_INPUTS = frozenset({"log_prob", "old_log_prob", "advantage", "mask"})
+_PLAIN = frozenset({"grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"})
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Say what is wrong with ``advantage`` and ``objective.loss``, one line each."""
+    a, o = config.advantage, config.objective
+    if a.name not in _PLAIN or a.options:
+        yield from _of("estimator", "advantage", "advantage.name", a.name, "advantage.options", a.options, SUPPLIED)
+    if o.loss != "ppo" or o.loss_options:
+        yield from _of(
+            "policy_loss",
+            "policy_loss",
+            "objective.loss",
+            o.loss,
+            "objective.loss_options",
+            o.loss_options,
+            LOSS_INPUTS,
+        )
+
+
+def _of(
+    kind: str,
+    table: str,
+    name_key: str,
+    name: str,
+    option_key: str,
+    options: Mapping[str, Any],
+    supplied: frozenset[str],
+) -> Iterator[str]:
+    from flowrl.advantage.catalogue import METHODS
+    from flowrl.advantage.pipeline import check_options
+
+    known = {m.key: m for m in METHODS if m.kind == kind}
+    if name not in known:
+        yield f"{name_key}: {registry.unknown(table, name)}"
+        return
+    method = known[name]
+    if method.call is None:
+        return
+    refusal = refused(method, method.call, supplied)
+    if refusal:
+        yield f"{name_key}: {refusal}"
+        return
+    try:
+        check_options(name, method.call, options)
+    except ValueError as error:
+        yield f"{option_key}: {error}"
+
+
+def refused(method: Method, call: Callable[..., Any], supplied: frozenset[str]) -> str:
+    """Say why a training run on denoising steps cannot run the method, or ""."""
+    from flowrl.advantage.inputs import INPUTS
+    from flowrl.advantage.pipeline import inputs_of
+
+    if method.tokens_only:
+        return f"{method.key} has no meaning on denoising steps: {method.tokens_only}"
+    for needed, required in inputs_of(call).items():
+        if required and needed not in supplied:
+            meaning = INPUTS[needed].meaning if needed in INPUTS else "an input of its own"
+            return (
+                f"{method.key} needs {needed!r} ({meaning}), which a training run does not produce; "
+                "call flowrl.advantage from a loop of your own"
+            )
+    return ""
