@@ -55,7 +55,7 @@ def _rows_as_turns(
     order = torch.arange(len(mask), device=mask.device)
     if turn is not None:
         check_ids("turn", turn, (len(mask),))
-        order = turn.argsort(stable=True)
+        order = turn.argsort()
     order = order[episode[order].argsort(stable=True)]
     same = episode[order][1:] == episode[order][:-1]
     if turn is not None and bool((same & (turn[order][1:] == turn[order][:-1])).any()):
@@ -195,7 +195,7 @@ METHODS: tuple[Method, ...] = (
         kind="estimator",
         paper_id="2505.10978",
         title="GiGPO: the episode's advantage plus one among turns that start in the same state",
-        tier=1,
+        tier=2,
         evidence={
             "exact": _TESTS + "test_gigpo_worked_numbers",
             "formula": _TESTS + "test_gigpo_against_a_loop",

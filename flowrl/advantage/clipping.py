@@ -32,7 +32,6 @@ def clip_between(
     ratio, advantage: [B, T]; lower, upper: bounds of the ratio itself, both numbers or both tensors that broadcast.
     With numbers and no ``dual`` it is ``policy_loss.clipped``.
     """
-    # torch's clamp takes numbers or tensors, and the two overloads are told apart by type.
     bounded = torch.clamp(ratio, lower, upper)  # type: ignore[arg-type]
     loss = torch.maximum(-advantage * ratio, -advantage * bounded)
     low, high = (advantage < 0) & (ratio < lower), (advantage > 0) & (ratio > upper)
@@ -133,9 +132,8 @@ def live_groups(rewards: Tensor, group: Tensor, valid: Tensor | None = None) -> 
 def overlong_penalty(length: Tensor, *, limit: float = 20480.0, buffer: float = 4096.0, factor: float = 1.0) -> Tensor:
     """Punish rows that come close to the length limit: factor clamp((limit - buffer - length) / buffer, -1, 0).
 
-    length: real [B]; 0 up to limit - buffer, then linear, -factor from ``limit`` on. The result, float32 [B], is added
-    to the reward. DAPO, 2503.14476 equation 13; the defaults are those of its public recipe, whose code (verl) does not
-    stop at -factor, as its rows end at the limit.
+    length: real [B]. The result, float32 [B], is added to the reward. DAPO, 2503.14476 equation 13; the defaults are
+    those of its recipe, whose code (verl) does not stop at -factor, as its rows end at the limit.
 
     On denoising steps: the length is constant; pass what varies instead (steps, network calls, seconds) as ``length``.
     """

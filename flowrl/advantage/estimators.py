@@ -176,6 +176,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _ESTIMATORS + "test_grpo_worked_numbers",
             "formula": _ESTIMATORS + "test_against_plain_loops",
             "identity": _ESTIMATORS + "test_grpo_is_dr_grpo_over_its_deviation",
+            "learned": "docs/results/learning/flow_grpo-0.json",
         },
         config="advantage.name=grpo",
         call=grpo,

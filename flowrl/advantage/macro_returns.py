@@ -202,7 +202,9 @@ def mt_ppo(
     """
     check_share("gamma", gamma)
     check_share("lam", lam)
-    outcome, known = read_rewards(rewards, torch.zeros(rewards.shape[:1], dtype=torch.int64, device=rewards.device), None)
+    outcome, known = read_rewards(
+        rewards, torch.zeros(rewards.shape[:1], dtype=torch.int64, device=rewards.device), None
+    )
     check_mask(mask, len(rewards))
     check_segment(segment, mask)
     kept = mask & known[:, None]

@@ -322,7 +322,7 @@ METHODS: tuple[Method, ...] = (
         kind="selection",
         paper_id="2509.22115",
         title="D3S: rows of greatest variance, then steps of greatest |A| times entropy; PODS by groups",
-        tier=1,
+        tier=2,
         evidence={
             "exact": _SELECTION + "test_max_variance_worked_number",
             "formula": _SELECTION + "test_max_variance_is_the_best_of_all_subsets",
@@ -366,7 +366,7 @@ METHODS: tuple[Method, ...] = (
         kind="selection",
         paper_id="2509.25849",
         title="Knapsack RL: a budget of rollouts shared among prompts by what they can teach",
-        tier=1,
+        tier=2,
         evidence={
             "exact": _SELECTION + "test_knapsack_worked_numbers",
             "formula": _SELECTION + "test_knapsack_is_the_best_allocation",

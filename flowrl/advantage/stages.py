@@ -327,7 +327,7 @@ METHODS: tuple[Method, ...] = (
         kind="estimator",
         paper_id="2505.13438",
         title="BRPO: a thinking segment earns the rewards at later budgets",
-        tier=1,
+        tier=2,
         evidence={
             "exact": _TESTS + "test_brpo_worked_numbers",
             "formula": _TESTS + "test_brpo_against_a_loop",

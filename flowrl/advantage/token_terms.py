@@ -17,7 +17,6 @@ from .local_terms import check_number, combine
 from .method import Method
 from .record import Advantage
 from .segments import Groups
-from .steps import reverse_scan
 
 ALIKE = 1e-7  # two tables of equal probability differ by rounding: this part of it is let pass
 CERTAIN = 1e-9  # a p-value this close to 1 is 1
@@ -37,7 +36,7 @@ def fisher_exact(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     memory grow with the number of distinct margins times the smaller column sum, not with P.
     """
     n1, n2, r = a + c, b + d, a + b
-    turn = (n1 > n2) | ((n1 == n2) & (a > b))  # one of the two mirror images, so that both get the same bits
+    turn = n1 > n2  # one of the two mirror images, so that both get the same bits
     n1, n2, a = torch.where(turn, n2, n1), torch.where(turn, n1, n2), torch.where(turn, b, a)
     margins, which = torch.unique(torch.stack([n1, n2, r]), dim=1, return_inverse=True)
     n1, n2, r = (m[:, None] for m in margins)
@@ -233,7 +232,7 @@ def _conflict_weight(
     step = mask.long().cumsum(dim=1)
     ahead, back = (_shared_run(position, token, kept, index, sign) for position in (step - 1, step[:, -1:] - step))
     ahead = ahead & ((mask & ~ahead).cumsum(dim=1) == 0)
-    back = back & (reverse_scan((mask & ~back).long(), 1.0) == 0)
+    back = back & ((mask & ~back).flip(1).cumsum(dim=1).flip(1) == 0)
     on_conflict = torch.where(sign > 0, factor, 0.0)[:, None]
     weight = torch.where(ahead, on_conflict, 1.0) * torch.where(back, on_conflict, 1.0)
     return weight, ahead | back

@@ -331,7 +331,7 @@ METHODS: tuple[Method, ...] = (
         kind="estimator",
         paper_id="2505.23564",
         title="SPO-tree: each edge of a tree of branches earns child's value minus parent's",
-        tier=1,
+        tier=2,
         evidence={
             "exact": _TESTS + "test_spo_tree_worked_numbers",
             "formula": _TESTS + "test_spo_tree_against_a_recursion",

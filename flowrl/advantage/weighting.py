@@ -211,8 +211,8 @@ def r3l(
     s = group_statistics(value, group, counted, 0, singleton)
     centred, live = s.centred, s.live
     if baseline == "log_avg_exp":
-        shifted = value - _log_average(value, s.groups, tau)
-        centred = torch.where(counted & live & (s.groups.count() > 1), shifted, centred)
+        # a group of one keeps the baseline of its policy; rows without a value are masked below
+        centred = torch.where(s.groups.count() > 1, value - _log_average(value, s.groups, tau), centred)
     scaled = torch.where(centred >= 0, alpha * centred, centred)
     if max_rule != "none":
         perfect = counted & (value >= max_reward)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What training/credit.py hands to an estimator, and training/losses.py to a policy loss.
 SUPPLIED = frozenset({"rewards", "group", "valid", "weights", "mask", "step_reward", "trajectory", "length", "cost"})
 LOSS_INPUTS = frozenset({"log_prob", "old_log_prob", "advantage", "mask"})
+# Optional inputs that stand in for a probability: a denoising step has a density, which is not one.
+SUBSTITUTES = {"dcpo_dynamic": "old_prob", "dppo": "divergence"}
 _PLAIN = frozenset({"grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"})
 
 
@@ -80,4 +82,9 @@ def refused(method: Method, call: Callable[..., Any], supplied: frozenset[str]) 
                 f"{method.key} needs {needed!r} ({meaning}), which a training run does not produce; "
                 "call flowrl.advantage from a loop of your own"
             )
+    if method.key in SUBSTITUTES:
+        return (
+            f"{method.key} needs probabilities, and a denoising step has a density; give {SUBSTITUTES[method.key]!r} "
+            "from a loop of your own"
+        )
     return ""

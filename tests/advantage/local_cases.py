@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,12 @@ def outcome_loop(case: Case, ddof: int, eps: float, rewards: list[float] | None 
 
 def close(tensor: Tensor, values: Any, tolerance: float = 1e-4) -> None:
     assert torch.allclose(tensor.double(), torch.tensor(values, dtype=torch.float64), atol=tolerance, rtol=0), tensor
+
+
+def defaults(call: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only options of a method."""
+    found = inspect.signature(call).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
 
 
 def on_steps(case: Case, value: Any) -> list[list[float]]:

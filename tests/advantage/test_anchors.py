@@ -215,10 +215,28 @@ def test_equal_returns_are_zero_and_what_has_no_value_is_left_out() -> None:
     assert not almost.advantage.any() and not almost.live.any()
 
 
+def test_two_rows_of_an_episode_cannot_share_a_turn() -> None:
+    same, column = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1)
+    with pytest.raises(ValueError, match="turn: two rows"):
+        gigpo(None, same, column.long(), column == 0, column, same, torch.tensor([1, 0, 1]))
+
+
 def test_half_precision_gives_float32_without_gradient() -> None:
     rewards = torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True)
     out = gigpo(rewards, GROUP, ANCHOR, MASK)
     assert out.advantage.dtype == torch.float32 and not out.advantage.requires_grad
+
+
+def test_what_is_masked_is_no_signal_and_a_turn_may_be_one_step() -> None:
+    mask = torch.tensor([[True, False, False], [False, True, True]])
+    equal = gigpo(torch.tensor([1.0, 1.0]), GROUP, torch.tensor([[0, 5, 5], [5, 1, 2]]), mask)
+    assert not equal.live.any() and torch.equal(equal.loss_mask, mask)
+    short = gigpo(torch.tensor([4.0, 0.0]), GROUP, torch.tensor([[0, 5, 5], [5, 0, 2]]), mask)
+    assert short.advantage.tolist() == [[4, 0, 0], [0, -4, -2]]
+    rows = gigpo(
+        torch.tensor([4.0, 0.0]), GROUP, torch.tensor([[0], [0]]), mask[:, :1] | True, None, torch.tensor([1, 0])
+    )
+    assert rows.advantage.tolist() == [[4], [-4]]
 
 
 ROWS = torch.tensor([0, 0])

@@ -67,6 +67,7 @@ def test_thompson_scores_follow_the_generator_and_survive_tiny_counts() -> None:
 def test_vade_takes_the_prompts_of_greatest_drawn_variance() -> None:
     state = beliefs((500, 1), (400, 400), (1, 600), (300, 330), (900, 100))
     assert vade(state, number=2, generator=seeded()).sort().values.tolist() == [1, 3]
+    assert vade(beliefs((1, 1)), number=1, generator=seeded()).tolist() == [0]
     scores = thompson_scores(state, generator=seeded(3))
     chosen = vade(state, number=5, generator=seeded(3))
     assert chosen.tolist() == scores.argsort(descending=True).tolist() and chosen.dtype == torch.int64

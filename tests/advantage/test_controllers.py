@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -115,6 +116,10 @@ def test_indicators_worked_numbers() -> None:
     own = likelihood_indicators(logits, mask, k=2, renormalise=True)
     q = (0.5 / 0.8, 0.3 / 0.8)
     assert own.entropy[0, 0].item() == pytest.approx(-sum(x * math.log(x) for x in q))
+    single = likelihood_indicators(logits, torch.tensor([[True, False], [False, False]]), k=2)
+    assert single.mean_entropy.item() == pytest.approx(entropy) and single.mean_mass.item() == pytest.approx(0.8)
+    with pytest.raises(FrozenInstanceError):
+        setattr(single, "mass", None)  # noqa: B010
     empty = likelihood_indicators(logits, ~ones(2, 2), k=1)
     assert empty.mean_entropy.item() == 0.0 and empty.mean_mass.item() == 0.0
 
@@ -129,6 +134,12 @@ def test_indicators_of_the_whole_vocabulary() -> None:
     ten = likelihood_indicators(logits, ones(2, 3))
     assert torch.allclose(ten.mass, log_p.exp().sort(-1, descending=True).values[..., :10].sum(-1), atol=1e-5)
     assert (likelihood_indicators(logits, ones(2, 3), k=1).mass == log_p.exp().max(-1).values).float().mean() > 0.1
+
+
+def test_states_are_frozen() -> None:
+    for state in (KL, ENTROPY):
+        with pytest.raises(FrozenInstanceError):
+            setattr(state, "coef", None)  # noqa: B010
 
 
 def test_spread_worked_numbers() -> None:

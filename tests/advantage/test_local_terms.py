@@ -14,7 +14,7 @@ from flowrl.advantage.estimators import grpo
 from flowrl.advantage.local_terms import Norm, a2tgpo, capo_credit, combine, mt_grpo, normalise, read_segments
 from flowrl.advantage.segments import Groups
 
-from .local_cases import NAN, close, on_steps, outcome_loop, ragged, standardise
+from .local_cases import NAN, close, defaults, on_steps, outcome_loop, ragged, standardise
 
 ALL = torch.ones(2, 3, dtype=torch.bool)
 PAIR = torch.tensor([0, 0])
@@ -302,6 +302,15 @@ ARGUMENTS: dict[str, Any] = {
     "capo_credit": {"rewards": torch.tensor([1.0, 0]), "votes": torch.zeros(2, 2, 3, dtype=torch.bool)},
 }
 CALLS: dict[str, Any] = {"mt_grpo": mt_grpo, "a2tgpo": a2tgpo, "capo_credit": capo_credit}
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    policies = {"ddof": 1, "eps": 1e-4, "singleton": "zero"}
+    assert defaults(mt_grpo) == {"coef": 1.0, "form": "additive", "discount": 1.0, **policies}
+    policies = {"ddof": 0, "eps": 1e-6, "singleton": "zero"}
+    assert defaults(a2tgpo) == {"alpha": 0.3, "gamma": 1.0, "clip_width": 0.3, **policies}
+    assert defaults(capo_credit) == {"outcome_weight": 2.0, "penalty": 1.0, "vote": "all", "ddof": 0, "eps": 1e-6}
+    assert vars(Norm()) == {"scope": "group", "baseline": "mean", "divide": True, "ddof": 0, "eps": 1e-8}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -186,6 +186,13 @@ def test_bnpo_maps_rewards_to_their_range() -> None:
     close(moved.group_mean[::4], [0.0, 1.0, 2.0])
 
 
+@pytest.mark.parametrize("constant", [0.0, 1.0])
+def test_a_channel_at_the_end_of_its_range_adds_nothing(constant: float) -> None:
+    rewards, group = binary([0.25, 0.5, 0.75], 4)
+    both = bnpo(torch.stack([rewards, torch.full_like(rewards, constant)], dim=1), group)
+    assert torch.equal(both.advantage * 2, bnpo(rewards, group).advantage)
+
+
 def test_bnpo_cap_holds_where_the_density_underflows() -> None:
     # Rates .5 -+ .01 and one of .99 sixty times over: the density at .99 is far below 1e-6.
     rewards = torch.tensor([0.49, 0.49] * 50 + [0.51, 0.51] * 50 + [0.985, 0.995]).double()

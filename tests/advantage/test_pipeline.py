@@ -81,7 +81,7 @@ def test_spreading_over_steps_keeps_masked_rows_at_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "inputs", "keywords", "message"),
     [
-        ("gpro", {}, {}, "name: unknown estimator 'gpro'; did you mean 'grpo'?"),
+        ("lite_pp", {}, {}, "name: unknown estimator 'lite_pp'; did you mean 'lite_ppo'?"),
         ("grpo", {"reward": REWARDS}, {}, "inputs: no input is called 'reward'; did you mean 'rewards'?"),
         ("grpo", {"rewards": REWARDS}, {}, "grpo: needs the input 'group' (rows of one prompt share an id"),
         ("grpo", {**GOOD, "group": None}, {}, "grpo: needs the input 'group'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -113,6 +114,9 @@ def test_hypo_default_coefficient_and_no_fresh_rows() -> None:
     batch = Batch(0)
     none = hypo(*batch.inputs, ~ones(6)).regulariser
     assert none is not None and not none.any()
+    zero, one_step = torch.zeros(2, 2), torch.tensor([[True, False], [True, True]])
+    single = hypo(zero + 2, zero, one_step, ids(0), ids(1), torch.tensor([True, False]), coef=1.0).regulariser
+    assert single is not None and single.tolist() == [[12.0, 0.0], [0.0, 0.0]]
     every = hypo(*batch.inputs, ones(6)).regulariser
     assert every is not None and torch.allclose(every, 1e-4 * online_kl_term(*batch.inputs[:3]), atol=1e-12)
 
@@ -247,5 +251,8 @@ def test_bad_input_is_refused(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-def test_pair_loss_has_no_regulariser_by_default() -> None:
+def test_records_are_frozen_and_a_regulariser_is_optional() -> None:
     assert PairLoss(torch.zeros(1)).regulariser is None
+    for record, name in ((PairLoss(torch.zeros(1)), "loss"), (dr_po(M, U), "prefix")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)

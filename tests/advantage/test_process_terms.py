@@ -13,7 +13,7 @@ from flowrl.advantage.estimators import dr_grpo, grpo, rloo
 from flowrl.advantage.process_terms import oprl, oprl_pair_loss, prl, prorag
 from flowrl.advantage.steps import reverse_scan
 
-from .local_cases import NAN, Case, close, on_steps, outcome_loop, ragged, standardise
+from .local_cases import NAN, Case, close, defaults, on_steps, outcome_loop, ragged, standardise
 
 PAIR = torch.tensor([0, 0])
 WINS = torch.tensor([1.0, 0.0])
@@ -97,12 +97,13 @@ def test_oprl_without_the_step_term_is_rloo() -> None:
         rewards, group, mask, segment = case.tensors()
         noise = torch.tensor(case.table(case.steps))
         got = oprl(rewards, group, mask, segment, noise, -noise, step_weight=0.0)
-        plain = rloo(rewards, group)
+        plain = rloo(rewards, group, ddof=1)
         spread = plain.over_steps(mask)
         assert torch.equal(got.advantage, spread.advantage) and torch.equal(got.live, spread.live)
         assert torch.equal(got.weight, spread.weight) and torch.equal(got.loss_mask, spread.loss_mask)
-        assert got.group_mean is not None and plain.group_mean is not None
-        assert torch.equal(got.group_mean.nan_to_num(9.0), plain.group_mean.nan_to_num(9.0))
+        for mine, theirs in ((got.group_mean, plain.group_mean), (got.group_std, plain.group_std)):
+            assert mine is not None and theirs is not None
+            assert torch.equal(mine.nan_to_num(9.0), theirs.nan_to_num(9.0))
 
 
 def test_oprl_step_rewards_add_up_to_the_log_ratio_of_the_episode() -> None:
@@ -310,6 +311,13 @@ GOOD: dict[str, dict[str, Any]] = {
     "prorag": {"segment": STEPS, "stage_reward": SCORE},
 }
 CALLS: dict[str, Any] = {"oprl": oprl, "prl": prl, "prorag": prorag}
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    assert defaults(oprl) == {"beta": 0.05, "step_weight": 1.0, "baseline": "loo", "step_mean": "all", "eps": 1e-6}
+    assert defaults(oprl_pair_loss) == {"beta": 0.05, "seq_reduce": "sum"}
+    assert defaults(prl) == {"eta": 200.0, "block": 256, "ddof": 1, "eps": 1e-6, "singleton": "zero"}
+    assert defaults(prorag) == {"beta": 0.3, "ddof": 1, "eps": 1e-4, "step_eps": 1e-8, "singleton": "zero"}
 
 
 @pytest.mark.parametrize("name", CALLS)

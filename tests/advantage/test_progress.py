@@ -196,7 +196,7 @@ S, R, B = torch.tensor([0, 1]), torch.tensor([1.0, 2.0]), torch.tensor([True, Fa
         (lambda: hapo_reward(B, R, S + 1, hapo_init(2)), "slot: expected 0 ... 1, places of the state, got 1 ... 2"),
         (lambda: hapo_reward(S, R, S, hapo_init(2)), "correct: expected bool [2], got torch.int64 [2]"),
         (lambda: hapo_reward(B, R, S, hapo_init(2), S), "valid: expected bool [2], got torch.int64 [2]"),
-        (lambda: hapo_reward(B, R - 1, S, hapo_init(2)), "cost: expected values > 0 where they count, got 0"),
+        (lambda: hapo_reward(B, R * 3 - 3, S, hapo_init(2)), "cost: expected values > 0 where they count, got 0"),
         (lambda: hapo_reward(B, -R, S, hapo_init(2)), "cost: expected finite values and >= 0"),
         (lambda: hapo_reward(B, R[:1], S, hapo_init(2)), "cost: expected real [2], got torch.float32 [1]"),
         (lambda: hapo_reward(B, R, S, hapo_init(2), floor=0.1), "floor: expected a number in [-1, 0], got 0.1"),

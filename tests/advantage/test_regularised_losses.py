@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from flowrl.advantage.aggregation import aggregate
 from flowrl.advantage.loss_record import PolicyLoss
 from flowrl.advantage.regularised_losses import (
+    Curvature,
     R2VPOState,
     bgpo,
     capo_curvature,
@@ -82,6 +84,9 @@ def test_r2vpo_dual_variable() -> None:
     assert R2VPOState.from_state_dict(state.state_dict()).multiplier.item() == state.multiplier.item()
     assert state.multiplier.item() == pytest.approx(0.26)
     assert R2VPOState.start(0.0).multiplier.item() == 0.0
+    for record, name in ((state, "multiplier"), (Curvature(Z, Z), "policy_shift")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)
 
 
 def test_ratio_spread_is_the_mean_over_unmasked_steps_of_all_ranks() -> None:

@@ -15,6 +15,7 @@ from flowrl.advantage.estimators import grpo
 from flowrl.advantage.streams import (
     SASState,
     SPOState,
+    add_by_slot,
     dcpo_smoothed,
     sas_init,
     sas_update,
@@ -140,6 +141,10 @@ def test_spo_ignores_rows_that_do_not_count_and_takes_a_state_dict() -> None:
     valid = torch.tensor([True, True, False])
     after = spo_update(state, slot, rewards, torch.tensor([-1.0, 9.0, math.inf]), valid)
     assert after.alpha.tolist() == [1.875, 1.0] and after.beta.tolist() == [0.875, 3.0]
+
+
+def test_add_by_slot() -> None:
+    assert add_by_slot(4, torch.tensor([3, 1, 3]), doubles(1.5, 2.0, -4.0)).tolist() == [0.0, 2.0, 0.0, -2.5]
 
 
 def test_spo_shift() -> None:

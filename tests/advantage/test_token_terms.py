@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl.advantage.estimators import grpo
 from flowrl.advantage.token_terms import fisher_exact, gtpo, ktae
 
-from .local_cases import NAN, Case, close, on_steps, outcome_loop, ragged
+from .local_cases import NAN, Case, close, defaults, on_steps, outcome_loop, ragged
 
 FOUR = torch.zeros(4, dtype=torch.int64)
 HALVES = torch.tensor([1.0, 1.0, 0.0, 0.0])
@@ -170,6 +170,8 @@ def test_gtpo_entropy() -> None:
     close(off.advantage, [[0.7070 - 0.08] * 4, [-0.7070 - 0.15] * 4])
     at = gtpo(WINS, TWO, FULL, SHARED, torch.full((2, 4), 0.5), entropy_limit=0.5)
     assert at.loss_mask.all()
+    strict = gtpo(WINS, TWO, FULL, SHARED, entropy * torch.tensor([[0.0], [1.0]]), entropy_limit=0.0)
+    assert strict.loss_mask.tolist() == [[True] * 4, [False] * 4]
     dead = gtpo(torch.ones(2), TWO, FULL, SHARED, entropy)
     close(dead.advantage, [[-0.04] * 4, [0] * 4])
     assert dead.live.tolist() == [True, True] and bool((dead.weight[0] == 1).all())
@@ -253,6 +255,13 @@ def test_gtpo_positions_count_unmasked_steps() -> None:
 
 
 CALLS: dict[str, Any] = {"ktae": ktae, "gtpo": gtpo}
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    shared = {"alpha": 1.0, "beta": 1.0, "gamma": 1.0, "top": 1.0, "neutral": None}
+    assert defaults(ktae) == {**shared, "ddof": 1, "eps": 1e-6}
+    shaping = {"factor": 2.0, "entropy_coef": 0.1, "entropy_limit": math.log(2.0), "per_conflict": False}
+    assert defaults(gtpo) == {**shaping, "ddof": 1, "eps": 1e-4}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def draws(seed: int, number: int, rows: int = 8) -> tuple[list[list[list[float]]
     mask = [[draw.random() < 0.7 for _ in range(4)] for _ in range(rows)]
     for row in mask[:-1]:
         row[draw.randrange(4)] = True
-    mask[-1] = [False] * 4
+    mask[2], mask[4], mask[-1] = [False, True, False, False], [True, False, False, False], [False] * 4
     return values, mask
 
 
@@ -171,6 +172,14 @@ def test_srpo_against_a_plain_loop() -> None:
     scale = (sum(raw.values()) + 10) / (len(raw) + 5)
     first = next(iter(raw))
     assert shared.weight[first].item() == pytest.approx(raw[first] / scale, rel=1e-5)
+
+
+def test_records_are_frozen() -> None:
+    weights = hpt(torch.tensor([True]), torch.tensor([1]))
+    routes = srpo_routed(torch.tensor([True]), torch.tensor([1]), torch.zeros(1, 1), ones(1, 1))
+    for record, name in ((weights, "reinforce"), (routes, "weight")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)
 
 
 def test_no_sibling_that_counts_teaches_nobody() -> None:

@@ -279,16 +279,18 @@ def test_ess_lr_worked_numbers() -> None:
     assert ranks.item() == pytest.approx(math.sqrt(49 / 11 / 5))
 
 
-@pytest.mark.parametrize("method", [m for m in weighted_losses.METHODS if m.kind == "policy_loss"], ids=lambda m: m.key)
+@pytest.mark.parametrize("method", LOSSES, ids=lambda m: m.key)
 def test_half_precision_and_no_gradient_elsewhere(method: Method) -> None:
     lp, old, a, mask = draw(8, dtype=torch.bfloat16)
     old.requires_grad_()
     a.requires_grad_()
+    before = [x.detach().clone() for x in (lp, old, a)]
     loss = call(method, (lp, old, a, mask)).loss
     assert loss.dtype == torch.float32 and not loss[~mask].any()
     loss.sum().backward()
     assert old.grad is None and a.grad is None and lp.grad is not None
     assert lp.grad.isfinite().all() and not lp.grad[~mask].any() and lp.grad.any()
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip((lp, old, a), before, strict=True))
 
 
 ONE: Case = at_ratio([(1.0, 1.0)])

@@ -60,6 +60,18 @@ def test_empg_of_constant_entropy() -> None:
     assert float(out.advantage.sum()) == pytest.approx(0, abs=1e-6)
     nothing = modulate_by_entropy(torch.ones(2), torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool))
     assert not nothing.advantage.any() and not nothing.live.any()
+    assert not nothing.channels["gain"].any()
+
+
+def test_empg_takes_an_advantage_of_each_step_and_shares_its_defaults() -> None:
+    rewards, group = torch.tensor([1.0, 0.0]), torch.tensor([3, 3])
+    outcome = grpo(rewards, group)
+    by_row = modulate_by_entropy(outcome.advantage, LADDER, LADDER_MASK)
+    by_step = modulate_by_entropy(outcome.over_steps(LADDER_MASK).advantage, LADDER, LADDER_MASK)
+    assert torch.equal(by_row.advantage, by_step.advantage)
+    assert torch.equal(by_row.advantage, empg(rewards, group, LADDER, LADDER_MASK).advantage)
+    uneven = modulate_by_entropy(torch.tensor([[1.0, 2.0], [-1.0, 9.0]]), LADDER, LADDER_MASK, k=0.0, zeta=0.0)
+    _close(uneven.advantage, [1 / 3, 4 / 3, -5 / 3, 0], 1e-6)
 
 
 def _batch(seed: int) -> tuple[list[float], list[int], Tensor, Tensor, Tensor]:
@@ -163,6 +175,7 @@ def test_r3l_worked_numbers() -> None:
     _close(r3l(rewards, group, mask, start, max_rule="docs").advantage[:, 0], [3, 0, -0.5], 1e-7)
     _close(r3l(rewards, group, mask, start, max_rule="none").advantage[:, 0], [1.5, 0, -0.5], 1e-7)
     _close(r3l(rewards, group, mask, start, max_reward=0.5, alpha=2).advantage[:, 0], [1, 1, -0.5], 1e-7)
+    _close(r3l(rewards, group, mask, start, max_rule="none", alpha=0.0).advantage[:, 0], [0, 0, -0.5], 1e-7)
     average = math.log(_mean([math.e, math.exp(0.5), 1]))
     soft = r3l(rewards, group, mask, start, baseline="log_avg_exp", max_rule="none", alpha=1.0)
     _close(soft.advantage[:, 0], [r - average for r in (1, 0.5, 0)], 1e-6)
