@@ -51,6 +51,7 @@ EXTRAS = (
     ),
     Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
     Extra("wandb", ("wandb",), "nothing yet: this version writes metrics.jsonl and tensorboard files"),
+    Extra("trl", ("trl",), "flowrl.integrations.trl: the estimators inside TRL's trainer"),
     Extra("tensorboard", ("tensorboard",), "tracking.tensorboard; metrics.jsonl is always written"),
 )
 

@@ -120,6 +120,13 @@ def _step_term(turns: _Turns, to_go: Tensor, known: Tensor, group: Tensor, scale
     return (divide(centred, s.scale, eps) if scale else centred).view_as(to_go)
 
 
+def _check_options(omega: float, gamma: float, normalise: str, eps: float, singleton: str) -> None:
+    check_choice("normalise", normalise, ("mean", "std"))
+    check_policies(eps=eps, singleton=singleton)
+    if not (0 <= gamma <= 1 and math.isfinite(omega)):
+        raise ValueError(f"gamma, omega: expected one in [0, 1] and a finite number, got {gamma} and {omega}")
+
+
 def gigpo(
     rewards: Tensor | None,
     group: Tensor,
@@ -157,20 +164,15 @@ def gigpo(
     Source: GiGPO, 2505.10978; langfengQ/verl-agent.
     On denoising steps: an anchor is a latent shared by branches (same seed and noise up to there), its id the node's.
     """
-    check_choice("normalise", normalise, ("mean", "std"))
-    check_policies(eps=eps, singleton=singleton)
-    if not (0 <= gamma <= 1 and math.isfinite(omega)):
-        raise ValueError(f"gamma, omega: expected one in [0, 1] and a finite number, got {gamma} and {omega}")
     if rewards is None and step_reward is None:
         raise ValueError("rewards, step_reward: expected at least one of them, got None")
+    _check_options(omega, gamma, normalise, eps, singleton)
     check_mask(mask)
     check_ids("group", group, (len(mask),))
     check_ids("anchor", anchor, tuple(mask.shape))
-    reward = (
-        torch.zeros_like(mask, dtype=torch.float64)
-        if step_reward is None
-        else read_step_reward(step_reward, mask, torch.float64)
-    )
+    reward = torch.zeros_like(mask, dtype=torch.float64)
+    if step_reward is not None:
+        reward = read_step_reward(step_reward, mask, torch.float64)
     if trajectory is None:
         turns = _steps_as_turns(anchor, mask, reward)
     else:

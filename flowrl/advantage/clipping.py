@@ -393,7 +393,7 @@ METHODS: tuple[Method, ...] = tuple(
             "2509.02333",
             "DCPO: bounds by the step's old probability",
             dcpo_dynamic,
-            {"exact": "test_dcpo_worked_numbers", "formula": _LOOP},
+            {"exact": "test_dcpo_defaults", "formula": _LOOP},
         ),
     )
 )

@@ -66,7 +66,7 @@ def ma_rlhf(
     path = read_path(step_reward, mask & (segment >= 0))
     state = read_steps("value", value, path.kept)
     kept, count = path.kept, int(segment.max().clamp(min=0)) + 1
-    order = kept.cumsum(1).double() - 1
+    order = kept.cumsum(1).double()
     first = segment_reduce(order, segment, kept, "first", count)
     size = segment_reduce(kept.double(), segment, kept, "sum", count)
     place = order - segment_gather(first, segment)

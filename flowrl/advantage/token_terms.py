@@ -45,7 +45,8 @@ def fisher_exact(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     log = _log_factorials(int((n1 + n2).max()), a)
 
     def ways(n: Tensor, chosen: Tensor) -> Tensor:
-        return log[n] - log[chosen.clamp(min=0)] - log[(n - chosen).clamp(min=0)]
+        chosen = chosen.clamp(min=0)
+        return log[n] - log[chosen] - log[(n - chosen).clamp(min=0)]
 
     chance = torch.where(inside, (ways(n1, k) + ways(n2, r - k) - ways(n1 + n2, r)).exp(), 0.0)
     ordered = chance.sort(dim=1).values

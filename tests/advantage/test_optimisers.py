@@ -109,6 +109,8 @@ def test_no_direction_takes_no_step_and_defaults_hold() -> None:
     moved = MomentumState(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0]))
     assert igt_point(moved).tolist() == pytest.approx([10.0])
     assert igt_step(torch.tensor([-4.0]), moved).direction.tolist() == pytest.approx([0.5])
+    assert igt_step(torch.ones(1), moved, step_size=3.0).parameters.tolist() == pytest.approx([4.0])
+    assert harpg_step(torch.ones(1), torch.zeros(1), moved, step_size=3.0).parameters.tolist() == pytest.approx([4.0])
     again = MomentumState.from_state_dict(moved.state_dict())
     assert again.parameters.equal(moved.parameters) and again.previous.equal(moved.previous)
 

@@ -221,6 +221,7 @@ def test_filtration_worked_numbers() -> None:
     assert pf_ppo(rewards, kind="max_min").tolist() == pytest.approx([1.5, 1.5, 0, 0], abs=1e-6)
     assert pf_ppo(rewards, kind="max_random").tolist() == pytest.approx([2, 0.5, 0.5, 0], abs=1e-6)
     assert pf_ppo(rewards, floor=1.0).tolist() == pytest.approx([0.75, 1.875, 0.375, 0])
+    assert pf_ppo(rewards, power=0.0).tolist() == [1, 1, 1, 0]
     assert pf_ppo(torch.zeros(3)).tolist() == [1, 1, 1]  # verl's 1e-8 under every weight
     assert pf_ppo(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([2 - 2e-8, 2e-8], rel=1e-6)
     assert pf_ppo(torch.zeros(3), floor=0.0).tolist() == [0, 0, 0]
@@ -371,7 +372,6 @@ BAD: list[tuple[str, Any]] = [
     ("weight", lambda: resample(torch.zeros(3), torch.Generator())),
     ("weight", lambda: resample(torch.tensor([1.0, -1.0]), torch.Generator())),
     ("weight", lambda: resample(torch.tensor([1.0, NAN]), torch.Generator())),
-    ("weight", lambda: resample(torch.ones(2, 2), torch.Generator())),
     ("number", lambda: resample(ONES, torch.Generator(), number=0)),
     ("success_rate", lambda: knapsack_allocate(torch.tensor([0.5, 1.1]))),
     ("success_rate", lambda: knapsack_allocate(torch.tensor([-0.1]))),

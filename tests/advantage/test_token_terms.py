@@ -49,6 +49,8 @@ def test_fisher_against_scipy() -> None:
     wanted = [reference_fisher([[a, b], [c, d]]).pvalue for a, b, c, d in tables]
     assert got.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-300)
     assert float(got.max()) <= 1.0
+    uneven = fisher_exact(*(torch.tensor(x) for x in ([0, 2], [1, 0], [0, 2], [7, 4])))  # margins (0, 8) and (4, 4)
+    assert uneven.tolist() == pytest.approx([1.0, reference_fisher([[2, 0], [2, 4]]).pvalue])
 
 
 def test_fisher_gives_mirror_images_the_same_bits() -> None:

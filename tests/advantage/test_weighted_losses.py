@@ -15,7 +15,17 @@ from flowrl.advantage.aggregation import aggregate
 from flowrl.advantage.clipping import ppo
 from flowrl.advantage.loss_record import PolicyLoss
 from flowrl.advantage.method import Method
-from flowrl.advantage.weighted_losses import cispo, clip_cov, dppo, dro, ess_lr, kl_cov, sapo
+from flowrl.advantage.weighted_losses import (
+    cispo,
+    clip_cov,
+    dcpo_bounds,
+    dppo,
+    dro,
+    ess_lr,
+    gaussian_probability,
+    kl_cov,
+    sapo,
+)
 
 from .test_clipping import Case, at_ratio, draw, gradient, plain
 
@@ -147,8 +157,8 @@ def test_cispo_coefficients() -> None:
     assert (-gradient(cispo, case)[1])[0].tolist() == pytest.approx([0.8, -0.8, 1.28, -1.28])
     far = at_ratio([(0.01, 1.0), (4.9, 1.0), (6.0, -1.0)])
     assert (-gradient(cispo, far, low=None, high=4.0)[1])[0].tolist() == pytest.approx([0.01, 4.9, -5.0])
-    on_bounds = torch.tensor([[-1.0]]).log1p().exp(), torch.ones(1, 1, dtype=torch.bool)
-    assert not cispo(on_bounds[0], on_bounds[0], torch.ones(1), on_bounds[1], low=0, high=0).low.any()  # type: ignore[union-attr]
+    at_one = cispo(*at_ratio([(1.0, 1.0)]), low=0, high=0)
+    assert at_one.low is not None and at_one.high is not None and not at_one.low.any() and not at_one.high.any()
 
 
 def test_sapo_worked_numbers() -> None:
@@ -180,6 +190,11 @@ def test_dppo_drops_only_the_harmful_way() -> None:
     given = torch.tensor([[0.1, 0.3, 0.3, 0.2, 0.2, 0.3]], dtype=torch.float64)
     assert (-gradient(dppo, (*up, given))[1])[0].tolist() == pytest.approx([1.8, 0, 0.4, 20, 2, 1])
     assert gradient(dppo, (*down, given))[1][0].tolist() == pytest.approx([1.8, 1.2, 0, 20, 2, 1])
+    edge = torch.tensor([[0.0, 0.2, 0.2, 0.2, 0.2, 0.2]], dtype=torch.float64)
+    none = _probabilities(pairs, 0.0)
+    for case, kept in ((up, edge), (down, edge), (none, 9 * edge)):
+        out = dppo(*case, kept)
+        assert out.low is not None and out.high is not None and not out.low.any() and not out.high.any()
     dense = (up[0] + 30, up[1] + 30, *up[2:])
     assert torch.equal(dppo(*dense, given).high, dppo(*up, given).high)  # type: ignore[arg-type]
 
@@ -264,6 +279,24 @@ def test_covariance_means_over_ranks(loss: Callable[..., PolicyLoss]) -> None:
     assert not torch.equal(ours, loss(lp, old, a, mask, *extra, **bounds).loss)
 
 
+def test_dcpo_worked_numbers() -> None:
+    q = torch.tensor([1.0, 0.9, 0.01, 0.0], dtype=torch.float64)
+    lower, upper = dcpo_bounds(q)
+    assert lower.tolist() == pytest.approx([0.8, 0.7687, 0.5, 0.5], abs=1e-4)
+    assert upper.tolist() == pytest.approx([1.1708, 1.1872, 5.0, 10.0], abs=1e-4)
+    some = torch.linspace(0.0, 1.0, 50, dtype=torch.float64)
+    lower, upper = dcpo_bounds(some, low=0.1, high=0.3, cap=3.0)
+    assert (lower.diff() >= 0).all() and (upper.diff() <= 0).all() and upper.max() == 3.0
+    assert (lower[30] * (1 - lower[30]) * some[30]).item() == pytest.approx(0.1)
+    assert (upper[30] * (upper[30] - 1) * some[30]).item() == pytest.approx(0.3)
+
+
+def test_gaussian_probability() -> None:
+    q = gaussian_probability(torch.tensor([[0.0, 4.0, 8.0]]), dimensions=4)
+    assert q[0].tolist() == pytest.approx([1.0, math.exp(-0.5), math.exp(-1.0)]) and q.dtype == torch.float32
+    assert gaussian_probability(torch.tensor([2.0]), dimensions=1).item() == pytest.approx(math.exp(-1))
+
+
 def test_ess_lr_worked_numbers() -> None:
     assert ess_lr(torch.full((8,), 0.3), lr=2e-5).item() == pytest.approx(2e-5)
     assert ess_lr(torch.tensor([1e9, 1.0, 1.0, 1.0]), lr=2e-5).item() == pytest.approx(1e-5)
@@ -308,6 +341,13 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: dppo(*ONE, torch.ones(1)), r"divergence: expected real \[1, 1\] like mask"),
     (lambda: dppo(*DENSE), "log_prob: expected log-probabilities <= 0, got up to 4; a density needs a substitute"),
     (lambda: dppo(ONE[0], ONE[1] + 5.002, *ONE[2:]), "old_log_prob: expected log-probabilities <= 0, got up to 0.002"),
+    (lambda: gaussian_probability(torch.tensor([-1.0]), dimensions=2), "square: expected numbers >= 0"),
+    (lambda: gaussian_probability(torch.tensor([1.0]), dimensions=0), "dimensions: expected a finite number >= 1"),
+    (lambda: dcpo_bounds(torch.ones(1), low=0), "low: expected a finite number > 0, got 0"),
+    (lambda: dcpo_bounds(torch.ones(1), high=0), "high: expected a finite number > 0, got 0"),
+    (lambda: dcpo_bounds(torch.ones(1), cap=1), "cap: expected a finite number > 1, got 1"),
+    (lambda: dcpo_bounds(torch.tensor([1.1])), r"old_prob: expected probabilities in \[0, 1\]"),
+    (lambda: dcpo_bounds(torch.tensor([-0.1])), r"old_prob: expected probabilities in \[0, 1\]"),
     (lambda: dro(*ONE, beta=0), "beta: expected a finite number > 0, got 0"),
     (lambda: clip_cov(*ONE, torch.zeros(1, 1), share=-1), "share: expected"),
     (lambda: clip_cov(*ONE, torch.zeros(1, 1), cov_high=0.5), "cov_high: expected a finite number >= 1, got 0.5"),
@@ -339,3 +379,5 @@ def test_a_rounded_probability_of_one_is_taken() -> None:
     ones = torch.ones(1, 1)
     loss = dppo(lp, torch.zeros(1, 1), ones, ones.bool(), low=0.0, high=0.0)
     assert loss.high is not None and not loss.high.any()
+    limit = torch.tensor([[1e-3]], dtype=torch.float64)
+    assert dppo(limit, limit, ones, ones.bool()).loss.item() == -1e-3

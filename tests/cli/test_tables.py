@@ -57,7 +57,10 @@ def test_a_method_listed_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_text_has_a_line_for_each_method() -> None:
-    assert len(methods.methods_text().splitlines()) == 1 + len(methods.entries())
+    table, _, exemptions = methods.methods_text().partition("\n\n")
+    assert len(table.splitlines()) == 1 + len(methods.entries())
+    reasons = [(e.key, name, reason) for e in methods.entries() for name, reason in e.exempt.items()]
+    assert exemptions.splitlines()[1:] == [f"  {key}: {name}: {reason}" for key, name, reason in reasons]
 
 
 def test_doctor_tells_missing_from_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
