@@ -141,7 +141,7 @@ def normalise(
 
     size = pooled(weight)
     mean = pooled(weight * x) / size.clamp(min=1)
-    centred = torch.where(present, x - mean[key], 0.0)
+    centred = x - mean[key]
     spread = (pooled(weight * centred.square()) / (size - norm.ddof).clamp(min=1)).sqrt()
     varied = spread > FLAT * mean.abs()
     if pool is not None and not norm.divide:

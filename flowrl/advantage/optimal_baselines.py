@@ -91,7 +91,7 @@ def snr_lr(gradient_mean_square: Tensor, gradient_variance: Tensor, *, smoothnes
     signal = read_rows("gradient_mean_square", gradient_mean_square, every, lowest=0.0)
     noise = read_rows("gradient_variance", gradient_variance, every, lowest=0.0)
     whole = signal + noise
-    return torch.where(whole > 0, signal / torch.where(whole > 0, whole, 1.0) / smoothness, 0.0).float()
+    return torch.where(whole > 0, signal / whole / smoothness, 0.0).float()
 
 
 def token_energy(old_log_prob: Tensor, sum_pi_squared: Tensor, mask: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ def scope(
 
     On denoising steps: the negative log-likelihoods are mean ELBO losses of student and teacher on the image.
     """
-    kept, d, _ = read_loss_inputs(log_prob, old_log_prob, torch.zeros(len(log_prob)), mask)
+    kept, d, _ = read_loss_inputs(log_prob, old_log_prob, torch.zeros_like(log_prob), mask)
     teacher = read_steps("teacher_log_prob", teacher_log_prob, mask, d.dtype)
     length = mask.sum(1).clamp(min=1)
     old = read_steps("old_log_prob", old_log_prob, mask, torch.float64)

@@ -107,6 +107,7 @@ def test_snr_lr_worked_numbers() -> None:
     signal, noise = torch.tensor([1.0, 2.0, 0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 3.0, 0.0, 3.0])
     _close(snr_lr(signal, noise), [0.5, 1.0, 0.0, 0.0, 0.25], 1e-7)
     _close(snr_lr(signal, noise, smoothness=4.0), [0.125, 0.25, 0.0, 0.0, 0.0625], 1e-7)
+    _close(snr_lr(0.1 * signal, 0.1 * noise), [0.5, 1.0, 0.0, 0.0, 0.25], 1e-6)
     assert snr_lr(torch.tensor(1.0), torch.tensor(1.0)).shape == ()
 
 

@@ -32,6 +32,11 @@ def test_lare_worked_numbers(correction: Any, wanted: tuple[float, ...]) -> None
     close(lare(PROXY, OUTCOME, ALL, correction=correction), row(*wanted))
 
 
+def test_lare_on_short_rows_and_small_sums() -> None:
+    close(lare(row(0.2, 9), torch.tensor([1.0]), flags(1, 0)), row(1, 0))
+    close(lare(row(0.001, 0.003), torch.tensor([1.0]), flags(1, 1), correction="scale"), row(0.25, 0.75))
+
+
 def outcomes(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Model rewards with junk on masked steps, outcomes with one missing, a mask with holes and an empty row."""
     _, proxy, _, mask = case(seed, 15)

@@ -207,16 +207,17 @@ def test_scope_worked_numbers() -> None:
     ).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("valid", [VALID, [True] * 8])
 @pytest.mark.parametrize(("direction", "normalise"), [("paper", "sum1"), ("code", "mean1")])
-def test_scope_against_a_plain_loop(direction: str, normalise: str) -> None:
+def test_scope_against_a_plain_loop(direction: str, normalise: str, valid: list[bool]) -> None:
     (new, old, teacher), mask = draws(5, 3)
     tensors = [f64(x).masked_fill(~torch.tensor(mask), NAN) for x in (new, old, teacher)]
     tensors[0].requires_grad_()
     inputs = (*tensors[:2], torch.tensor(mask), tensors[2], torch.tensor(CORRECT), torch.tensor(GROUP))
     options = {"tau": 0.4, "direction": direction, "normalise": normalise}
-    loss = scope(*inputs, torch.tensor(VALID), **options).loss  # type: ignore[arg-type]
+    loss = scope(*inputs, torch.tensor(valid), **options).loss  # type: ignore[arg-type]
     gradient = slope(loss, tensors[0])
-    counts = [VALID[i] and any(mask[i]) for i in range(8)]
+    counts = [valid[i] and any(mask[i]) for i in range(8)]
 
     def score(i: int) -> float:
         source, sign = (old, 1 if direction == "paper" else -1) if CORRECT[i] else (teacher, -1)
@@ -232,8 +233,16 @@ def test_scope_against_a_plain_loop(direction: str, normalise: str) -> None:
             wanted = weight * (-rho if CORRECT[i] else rho * (new[i][t] - teacher[i][t])) if mask[i][t] else 0.0
             assert loss[i, t].item() == pytest.approx(wanted, abs=1e-6)
             assert gradient[i, t].item() == pytest.approx(wanted, abs=1e-6)
-    every = scope(*inputs, **options).loss  # type: ignore[arg-type]
-    assert every[6].any() and not loss[6].any()
+    if all(valid):
+        assert torch.equal(scope(*inputs, **options).loss, loss)  # type: ignore[arg-type]
+
+
+def test_scope_defaults() -> None:
+    old, correct = f64([[-1.0], [-3.0]]), ones(2)
+    loss = scope(old, old, ones(2, 1), old, correct, torch.tensor([0, 0])).loss
+    assert loss[:, 0].tolist() == pytest.approx([-1 / (1 + math.exp(2)), -1 / (1 + math.exp(-2))])
+    half = scope(old.bfloat16(), old.bfloat16(), ones(2, 1), old.bfloat16(), correct, torch.tensor([0, 0])).loss
+    assert half.dtype == torch.float32
 
 
 LOGITS = f64([0.3, -0.8, 1.1, 0.0])
