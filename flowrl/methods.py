@@ -166,7 +166,9 @@ _CONFIG = {"estimator": ("advantage.name", engine.SUPPLIED), "policy_loss": ("ob
 
 
 def _entry(method: Method) -> Entry:
-    config, refusal, inputs, options = method.config, "", (), {}
+    config, refusal = method.config, ""
+    inputs: tuple[str, ...] = ()
+    options: dict[str, str] = {}
     if method.call is not None:
         inputs = tuple(name if required else f"{name}?" for name, required in inputs_of(method.call).items())
         options = {name: repr(value) for name, value in options_of(method.call).items()}

@@ -93,16 +93,20 @@ class Supervised(Regression):
 
     BATCH = 128
 
-    def iterate(self) -> dict[str, Any]:
-        self.clock.reset()
-        self.counter.reset()
-        c = self.config
+    @classmethod
+    def batches(cls, c: Any) -> int:
+        """Optimizer steps an iteration."""
         steps, size = c.rollout.steps, c.rollout.window.size
         work = (
             c.batch.samples * (steps - (c.rollout.window.first + c.rollout.window.last) / 2) / 3
             + c.batch.samples * size
         )
-        losses = [self._batch(draw) for draw in range(max(1, round(work / self.BATCH)))]
+        return max(1, round(work / cls.BATCH))
+
+    def iterate(self) -> dict[str, Any]:
+        self.clock.reset()
+        self.counter.reset()
+        losses = [self._batch(draw) for draw in range(self.batches(self.config))]
         self.iteration += 1
         row = {"iteration": self.iteration, "policy/loss": float(np.mean(losses)), "score/mean": None}
         return row | self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory()
@@ -119,9 +123,10 @@ class Supervised(Regression):
             return self._regress(x0, torch.arange(len(x0)), prompted, draw)
 
 
-def learning_rate_of_controls(config: Any) -> list[str]:
-    """Three tenths of the recipe's rate, a guess for regression that no run has checked yet."""
-    return [f"optimizer.lr={config.optimizer.lr * 0.3:.3g}"]
+def changes_of_controls(method: str, config: Any) -> list[str]:
+    """Three tenths of the recipe's rate, a guess for regression; its fall to 0 is spread over the control's own steps."""
+    steps = Supervised.batches(config) if method == "supervised" else 1
+    return [f"optimizer.lr={config.optimizer.lr * 0.3:.3g}", f"objective.updates={steps}"]
 
 
 METHODS: dict[str, tuple[type[Trainer], str]] = {
@@ -137,7 +142,7 @@ def one(method: str, seed: int, folder: Path, recipe: str, overrides: list[str])
     config = load(recipe, [f"seed={seed}", f"run_dir={folder}", *overrides])
     trainer_class, rate = METHODS[method]
     if rate == "third":
-        config = load(recipe, [f"seed={seed}", f"run_dir={folder}", *overrides, *learning_rate_of_controls(config)])
+        config = load(recipe, [f"seed={seed}", f"run_dir={folder}", *overrides, *changes_of_controls(method, config)])
     backend = Backend()
     parts = build(config, backend, trainer_class)
     if rate == "zero":

@@ -53,7 +53,7 @@ def trainer_with(
         raise UserError(f"trainer_with: {error}") from error
     if base is None:
         try:
-            from trl import GRPOTrainer
+            from trl import GRPOTrainer  # type: ignore[attr-defined]
         except ImportError as error:
             raise UserError("flowrl.integrations.trl needs TRL: pip install 'flowrl[trl]'") from error
         base = GRPOTrainer

@@ -86,6 +86,7 @@ def test_threshold_reward() -> None:
     assert threshold_reward(scores, state)[1].isnan().tolist() == [True, False]
     at = ThresholdState(tau=torch.tensor(0.5, dtype=torch.float64), success=doubles(NAN), score=doubles(NAN))
     assert threshold_reward(scores[0], at).tolist() == [0.0, 0.0]
+    assert threshold_update(at, scores[0], torch.tensor([4, 4])).success.tolist() == [0.0]
 
 
 def feed(state: ThresholdState, score: float, groups: int = 30, **options: float) -> ThresholdState:
