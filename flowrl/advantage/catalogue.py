@@ -111,4 +111,13 @@ ESTIMATORS: Mapping[str, Callable[..., Advantage]] = _calls("estimator")
 POLICY_LOSSES: Mapping[str, Callable[..., PolicyLoss]] = _calls("policy_loss")
 JOINT_LOSSES = frozenset(m.key for m in METHODS if m.joint)
 
-__all__ = ["AGGREGATIONS", "ESTIMATORS", "EVIDENCE_LABELS", "JOINT_LOSSES", "KINDS", "METHODS", "POLICY_LOSSES", "Method"]
+__all__ = [
+    "AGGREGATIONS",
+    "ESTIMATORS",
+    "EVIDENCE_LABELS",
+    "JOINT_LOSSES",
+    "KINDS",
+    "METHODS",
+    "POLICY_LOSSES",
+    "Method",
+]

@@ -91,7 +91,9 @@ INPUTS: Mapping[str, Input] = {
     "gated": Input("[R]", "bool", "reward channels that count only where the hard one is reached"),
     "step_energy": Input("[B, T]", "float", "squared norm of each step's score, or a proxy"),
     "importance": Input("[B] or [B, T]", "float", "importance ratio of the samples"),
-    "stage_matrix": Input("[S, S]", "float", "upper triangular: what a later stage's reward is worth to an earlier one"),
+    "stage_matrix": Input(
+        "[S, S]", "float", "upper triangular: what a later stage's reward is worth to an earlier one"
+    ),
     "budget_probability": Input("[S]", "float", "how likely each budget is"),
     "phase_mask": Input("[B, T]", "bool", "steps of the phases that are credited"),
     "bootstrap": Input("[B]", "float", "value of the state after the last step"),

@@ -52,7 +52,7 @@ def _episode_advantage(
         result = dr_grpo(mean, owner, ddof=1) if baseline == "mean" else grpo(mean, owner, ddof=1, eps=eps)
     group_mean, group_std = result.group_mean, result.group_std
     return Advantage(
-        advantage=torch.where(known, result.advantage[index], 0.0),
+        advantage=result.advantage[index],
         weight=known.float(),
         loss_mask=known,
         live=result.live[index],

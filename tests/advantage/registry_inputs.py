@@ -171,7 +171,7 @@ def same(a: Any, b: Any, rows: Tensor | None = None, columns: int | None = None,
         pairs = [(x[k], y[k]) for k in x] if isinstance(x, dict) else [(x, y)]
         for left, right in pairs:
             if not isinstance(left, Tensor):
-                assert left is None and right is None or left == right, f.name
+                assert (left is None and right is None) or left == right, f.name
                 continue
             if rows is not None and left.ndim:
                 left = left[rows]

@@ -40,7 +40,9 @@ def test_whitening_by_samples_and_by_steps() -> None:
 def test_the_spec_example_of_step_and_sample_weighting() -> None:
     a, mask = torch.tensor([[0.5], [-0.5]]).expand(2, 3), torch.tensor([[True, False, False], [True, True, True]])
     whitened = masked_whiten(a, mask)
-    assert whitened[0, 0] == pytest.approx(1.5, abs=1e-4) and whitened[1].tolist() == pytest.approx([-0.5] * 3, abs=1e-4)
+    assert whitened[0, 0] == pytest.approx(1.5, abs=1e-4) and whitened[1].tolist() == pytest.approx(
+        [-0.5] * 3, abs=1e-4
+    )
     assert masked_whiten(a[:, 0], mask[:, 0]).tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)
 
 

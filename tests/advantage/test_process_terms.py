@@ -210,6 +210,7 @@ def test_prl_worked_numbers() -> None:
     close(prl(*args, **options, block=1).advantage, [[0.8, 0.9, 0.85, 1.0]])
     close(prl(*args, torch.arange(4)[None], **options).advantage, [[0.8, 0.9, 0.85, 1.0]])
     close(prl(*args, **options, block=2).advantage, [[0.9, 0.9, 1.0, 1.0]])
+    close(prl(*args, **{**options, "eta": 0.5}, block=1).advantage, [[0.2, 0.6, 0.4, 1.0]])
     close(prl(*args, **options, block=3).advantage, [[0.85, 0.85, 0.85, 1.0]])
     last = torch.tensor([[0.2, -0.1, 0.3, 0.5]])
     close(prl(args[0], one, mask, last, args[4], **options).advantage, [[0.75] * 4])

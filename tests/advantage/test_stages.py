@@ -131,6 +131,10 @@ def test_brpo_worked_numbers() -> None:
     assert three.advantage[1].tolist() == pytest.approx([0, -0.2222, -0.2778], abs=1e-4)
     assert torch.equal(three.channels["thinking"], three.advantage) and three.live.all()
     assert three.channels["summary"][..., 0].tolist() == [[-0.5, 0, 0.5], [0.5, 0, -0.5]]
+    even = brpo(
+        torch.tensor([[0.0, 1.0], [0.0, 0.0]])[..., None], PAIR, FOUR[:, :2], FULL[:, :2], None, torch.full((2,), 0.5)
+    )
+    assert torch.equal(even.advantage, two.advantage)
     one = brpo(torch.tensor([[[1.0]], [[0.0]]]), PAIR, FOUR[:, :1], FULL[:, :1])
     assert one.advantage.tolist() == [[0.5], [-0.5]]
 

@@ -57,7 +57,7 @@ def test_spo_worked_numbers() -> None:
     start = spo_init(torch.tensor([6, 0, 0]), torch.tensor([8, 8, 0]))
     assert start.alpha.tolist() == pytest.approx([5.7778, 0.4444, 0.5], abs=1e-4)
     assert start.beta.tolist() == pytest.approx([2.2222, 7.5556, 0.5], abs=1e-4)
-    assert spo_init(doubles(1), doubles(1), rho_min=0.5).alpha.tolist() == [1.5]
+    assert spo_init(doubles(1), doubles(1), rho_min=0.75).alpha.tolist() == [3.0]
     close(spo_sampling_weight(state_of((1, 3), (4, 4))), [math.sqrt(3) / 4 + 0.05, 0.55], 1e-6)
     close(spo_sampling_weight(state_of((4, 4)), floor=0.0), [0.5], 0)
 
@@ -170,6 +170,14 @@ def test_sas_worked_numbers() -> None:
     close(third.channels["total"], [0.6770] * 4)
     close(third.advantage, [0.2257] * 4)
     assert not third.channels["new"].any() and third.live.all()
+
+
+def test_sas_takes_the_first_smoothing_on_a_tie() -> None:
+    # Made so that the part of this visit is 1 and that of all visits -1: S1 = 1/3, S2 = -1/3.
+    state = SASState(visits=torch.tensor([2]), count=doubles(6), mean=doubles(10), m2=doubles(141))
+    out = dcpo_smoothed(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), state, ddof=0)
+    close(out.channels["total"][1:], [-1.0], 0)
+    close(out.advantage[1:], [1 / 3], 1e-7)
 
 
 def visits_of(seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -157,7 +157,9 @@ def test_numbers_are_not_guessed(name: str, annotation: type) -> None:
 @pytest.mark.parametrize("value", ["true", "1.0", "batch", "null"])
 def test_options_are_compared_with_their_type(value: str) -> None:
     assert load({}, ["advantage.whiten=step"]).advantage.whiten == "step"
-    with pytest.raises(ConfigError, match=r"advantage\.whiten \(override\): expected one of none, step, sample, found "):
+    with pytest.raises(
+        ConfigError, match=r"advantage\.whiten \(override\): expected one of none, step, sample, found "
+    ):
         load({}, [f"advantage.whiten={value}"])
 
 
