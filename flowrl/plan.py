@@ -4,6 +4,7 @@ With B samples in P groups, T schedule steps, K trained steps from step s on, c 
 
     rollout      c (P s + B (T - s)) forwards with a shared prefix, else c B T
     update       c B K forwards a pass, and as many backwards (B K where only the conditional branch has a gradient)
+    loss         c (passes B - B_1) K forwards with a loss over whole trajectories (B_1: the first minibatch), else none
     reference    c B K forwards with a KL term, whatever the number of passes, else none
 """
 
@@ -74,6 +75,7 @@ class Plan:
     rollout: Work
     update_forward: Work
     update_backward: Work
+    loss: Work
     reference: Work
     decode_calls: int
     reward_samples: int
@@ -84,7 +86,7 @@ class Plan:
     @property
     def forward(self) -> Work:
         """All forwards of an iteration."""
-        return self.rollout + self.update_forward + self.reference
+        return self.rollout + self.update_forward + self.loss + self.reference
 
 
 def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
@@ -118,6 +120,7 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
         rollout=_rollout(config, starts, branches),
         update_forward=forward.times(objective.passes),
         update_backward=backward.times(objective.passes),
+        loss=_joint_loss(config, forward, window, branches),
         reference=none if objective.kl.form == "none" else forward,
         decode_calls=math.ceil(batch.samples / batch.micro_batch),
         reward_samples=batch.samples * len(config.rewards),
@@ -156,6 +159,24 @@ def _update(config: Config, window: int, branches: int) -> tuple[Work, Work]:
     grad_branches = branches if config.rollout.cfg_gradient == "full" else 1
     forward = Work(Count.of([branches * samples]), Count.of([branches * calls]))
     return forward, Work(Count.of([grad_branches * samples]), Count.of([grad_branches * calls]))
+
+
+def _joint_loss(config: Config, forward: Work, window: int, branches: int) -> Work:
+    """Forwards of a loss over whole trajectories: it needs the present log-probs, known only before the first step."""
+    objective, batch = config.objective, config.batch
+    nothing = Work(Count(0, 0, 0), Count(0, 0, 0))
+    if objective.loss == "ppo":
+        return nothing
+    from flowrl.advantage.catalogue import JOINT_LOSSES
+
+    if objective.loss not in JOINT_LOSSES:
+        return nothing
+    whole, rest = divmod(batch.groups, objective.updates)
+    first = (whole + (rest > 0)) * batch.group_size
+    known = Work(
+        Count.of([-branches * first * window]), Count.of([-branches * window * math.ceil(first / batch.micro_batch)])
+    )
+    return forward.times(objective.passes) + known
 
 
 def _latent_shape(config: Config) -> tuple[int, int, int] | None:
@@ -203,6 +224,7 @@ def _work_table(made: Plan) -> list[str]:
         ("rollout, forward", made.rollout),
         ("update, forward", made.update_forward),
         ("update, backward", made.update_backward),
+        ("loss, forward", made.loss),
         ("reference, forward", made.reference),
         ("all forwards", made.forward),
     ]

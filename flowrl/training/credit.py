@@ -15,6 +15,11 @@ from flowrl.records import Trajectory
 from flowrl.scoring.runtime import Scored
 
 
+def takes_channels(name: str) -> bool:
+    """Tell whether an estimator takes several rewards a sample, with their weights, instead of the score."""
+    return "weights" in inputs_of(ESTIMATORS[name])
+
+
 def assign(
     config: Config, scored: Scored, trajectory: Trajectory, weights: Mapping[str, float], backend: Backend
 ) -> Advantage:
@@ -24,7 +29,7 @@ def assign(
     Samples are in the order of the ranks. What is passed to the estimator: ``flowrl.config.engine.SUPPLIED``.
     """
     a = config.advantage
-    channels = "weights" in inputs_of(ESTIMATORS[a.name])
+    channels = takes_channels(a.name)
     per_reward = [torch.from_numpy(scored.per_reward[label].scores) for label in weights] if channels else []
     scores = torch.stack(per_reward, 1) if channels else torch.from_numpy(scored.scores)
     rewards = backend.gather(scores.double())

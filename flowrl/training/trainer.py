@@ -24,7 +24,7 @@ from flowrl.rollout.policy import Policy, Prompted
 from flowrl.rollout.sampling import Groups, RolloutPlan, concatenate, rollout
 from flowrl.scoring.runtime import RewardRuntime, Scored, join
 from flowrl.training import metrics
-from flowrl.training.credit import assign
+from flowrl.training.credit import assign, takes_channels
 from flowrl.training.guards import SkippedUpdates, self_check
 from flowrl.training.update import Reference, TrainingBatch, accumulate, chunks, reference_values
 from flowrl.training.weights import Weights
@@ -173,7 +173,8 @@ class Trainer:
     def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:
         """Advantages from all processes' scores, cut back to this process's samples."""
         config, trajectory = self.config, collected.trajectory
-        weights = {label: w for label, w in self.rewards.weights.items() if w}
+        channels = takes_channels(config.advantage.name)
+        weights = {label: w for label, w in self.rewards.weights.items() if w} if channels else {}
         credit = assign(config, collected.scored, trajectory, weights, self.backend)
         mine = slice(self.backend.rank * len(trajectory), (self.backend.rank + 1) * len(trajectory))
         part = (trajectory.group_id - trajectory.group_id.min()) * config.objective.updates

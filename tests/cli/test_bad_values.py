@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flowrl import registry
+
 from .refusals import FIXED, Case, expect_refusal, one_problem
 
 CASES = [
@@ -171,8 +173,9 @@ CASES = [
     ),
     (
         "unknown_advantage",
-        ["advantage.name=gropo"],
-        "advantage.name: unknown advantage 'gropo'; did you mean grpo? Known are dr_grpo, gdpo, grpo, lite_ppo, rloo",
+        ["advantage.name=lite_pp"],
+        "advantage.name: unknown advantage 'lite_pp'; did you mean lite_ppo? Known are "
+        + ", ".join(sorted(registry.names("advantage"))),
     ),
     ("unknown_objective", ["objective.name=ppo"], "objective.name: unknown objective 'ppo'; use one of flow_grpo"),
     (

@@ -127,7 +127,11 @@ def test_methods_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {"key": "precise", "kind": "kernel"}.items() <= rows[4].items()
-    assert all(list(row) == ["key", "kind", "tier", "paper", "title", "evidence", "config"] for row in rows)
+    keys = "key kind tier paper title evidence config refusal inputs options exempt".split()
+    assert all(list(row) == keys for row in rows)
+    gae = next(row for row in rows if row["key"] == "gae")
+    assert gae["inputs"][:3] == ["step_reward", "value", "mask"] and gae["options"]["lam"]
+    assert gae["config"] == "" and gae["refusal"].startswith("gae needs 'value'")
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
