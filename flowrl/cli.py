@@ -122,7 +122,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", action="store_true", help="one JSON array: key, kind, tier, paper, evidence, config or refusal, inputs, options, exemptions"
+        "--json",
+        action="store_true",
+        help="one JSON array, with inputs, options and the config that runs each or why none does",
     )
 
 

@@ -98,7 +98,7 @@ def tree_values(rewards: Tensor, node_path: Tensor, valid: Tensor | None = None)
 
 
 def _edge_advantage(edges: _Edges, mode: str, eps: float, progress: float, best_of: int) -> Tensor:
-    """Advantage of each edge into a level, float64 [n], 0 where its node has no value."""
+    """Advantage of each edge into a level, float64 [n]; of no meaning where its node has no value."""
     siblings = edges.siblings
     parent = siblings.mean(edges.value)
     gain = drop_rounding(edges.value - parent, siblings.max(edges.value.abs()))
@@ -107,7 +107,7 @@ def _edge_advantage(edges: _Edges, mode: str, eps: float, progress: float, best_
         gain = torch.where(gain == 0, 0.0, gain + progress * best)
     if mode == "grpo":
         gain = divide(gain, siblings.std(edges.value), eps)
-    return torch.where(siblings.valid, gain, 0.0)
+    return gain
 
 
 def _below(mask: Tensor, old_log_prob: Tensor | None, max_probability: float) -> Tensor:

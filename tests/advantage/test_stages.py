@@ -262,6 +262,7 @@ def test_vps_cuts() -> None:
     assert vps_cuts(rising, rising >= 0, quantile=0.79, points=1).tolist() == [[0] * 9 + [1, 2]]
     assert vps_cuts(rising, rising >= 0, quantile=1.0, points=1).tolist() == [[0] * 11]
     assert vps_cuts(rising[:, :9], rising[:, :9] >= 0, quantile=0.0).tolist() == [[0] * 5 + [1] * 4]
+    assert vps_cuts(entropy[:, :1], mask[:, :1]).tolist() == [[0]]
     holes = torch.tensor([[False, True, True, False, True, True, True, True], [False] * 8])
     high = torch.tensor([[99.0, 1, 5, 99, 1, 5, 1, 5]]).expand(2, 8)
     assert vps_cuts(high, holes, quantile=0.6, points=1).tolist() == [[-1, 0, 0, -1, 0, 1, 1, 2], [-1] * 8]
@@ -296,9 +297,10 @@ def test_graph_grpo_worked_numbers() -> None:
     assert torch.allclose(unbiased, torch.tensor([[0.0, 1, 0], [0, 0, -1], [0, 1, 0]]), atol=1e-4)
     wide = graph_grpo(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3).long(), EDGES, eps=6**-0.5).advantage
     assert float(wide[0, 1]) == pytest.approx(0.5 / (2 / 6**0.5))
-    order = torch.tensor([2, 0, 1])
-    moved = graph_grpo(torch.tensor([1.0, 0.0, 1.0])[order], torch.zeros(3).long(), EDGES[order])
-    assert torch.equal(moved.advantage, out.advantage[order])
+    two = graph_grpo(torch.tensor([1.0, 0.0]), PAIR, torch.eye(2) > 0, ddof=1, eps=0.0).advantage
+    assert two.diagonal().tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
+    moved = graph_grpo(torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3).long(), EDGES[[1, 0, 2]])
+    assert torch.equal(moved.advantage, out.advantage[[1, 0, 2]])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -344,7 +346,7 @@ GRAPH: dict[str, Any] = {"rewards": RUBRIC[:, 0], "group": PAIR, "choice": FULL}
         (rubricem, RUBRICEM, {"valid": FULL}, "valid"),
         (rubricem, RUBRICEM, {"mask": FULL[:1]}, "mask"),
         (rubricem, RUBRICEM, {"segment": FOUR + 1}, "segment: .* got 4"),
-        (rubricem, RUBRICEM, {"stage_matrix": torch.ones(4, 4)}, "stage_matrix"),
+        (rubricem, RUBRICEM, {"stage_matrix": torch.eye(4) + torch.ones(3).diag(-1)}, "stage_matrix"),
         (rubricem, RUBRICEM, {"stage_matrix": torch.eye(3)}, "stage_matrix"),
         (rubricem, RUBRICEM, {"stage_matrix": torch.eye(4) / 0}, "stage_matrix"),
         (rubricem, RUBRICEM, {"decay": 1.01}, "decay"),

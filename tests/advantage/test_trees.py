@@ -152,6 +152,7 @@ def test_means_that_differ_by_rounding_alone_are_equal() -> None:
     out = spo_tree(rewards, node_path, segment, segment == 0, mode="grpo", eps=0.0, drop_zero=False)
     assert not out.advantage.any() and out.loss_mask.all()
     assert out.live.tolist() == [False] * 5 + [True] * 3
+    assert not spo_tree(rewards, node_path, segment, segment == 0, progress=5.0).loss_mask.any()
     thoughts = grpo_ma(rewards, node_path, segment, segment == 0, eps=0.0).advantage
     answers = grpo_ma(rewards, node_path, segment + 1, segment == 0, eps=0.0).advantage
     assert not thoughts.any() and not answers[:5].any() and answers[5:7].all()
@@ -199,6 +200,9 @@ def test_spo_cuts() -> None:
     assert spo_cuts(log_prob, mask, interval=1, max_probability=0.7).tolist() == [[0, 0, 0, 0, 1, 1]]
     holes = torch.tensor([[False, True, False, True, True, True], [False] * 6])
     assert spo_cuts(log_prob.expand(2, 6), holes, interval=1).tolist() == [[-1, 0, -1, 0, 1, 1], [-1] * 6]
+    assert spo_cuts(torch.full((1, 7), -1.0), torch.ones(1, 7) > 0).tolist() == [[0] * 5 + [1] * 2]
+    tie = torch.tensor([[-0.6, -0.5, -0.6]])
+    assert spo_cuts(tie, tie < 0, interval=1, max_probability=math.exp(-0.5)).tolist() == [[0, 0, 1]]
     sure = torch.full((1, 6), -0.01)
     assert spo_cuts(sure, mask, interval=1).tolist() == [[0] * 6]
     assert spo_cuts(sure, mask, interval=4, max_probability=1.0).tolist() == [[0, 0, 0, 0, 1, 1]]
@@ -303,7 +307,7 @@ def test_grpo_ma_with_one_answer_is_grpo() -> None:
     out = grpo_ma(rewards, node_path, TWO.repeat(2, 1), ALL.repeat(2, 1))
     expected = grpo(rewards, group).advantage
     assert torch.allclose(out.advantage, expected[:, None].expand(8, 2), atol=1e-6)
-    assert out.live.tolist() == [True] * 7 + [False]
+    assert out.live.tolist() == [True] * 7 + [False] and out.weight[7].tolist() == [1.0, 1.0]
 
 
 TREE = {"rewards": LEAVES, "node_path": BRANCHES, "segment": TWO, "mask": ALL}
@@ -329,6 +333,7 @@ SURE = {"max_probability": 0.9}
         (spo_tree, TREE, {"segment": TWO[:, :1]}, "segment"),
         (spo_tree, TREE, {"mask": ALL[:3]}, "mask"),
         (spo_tree, TREE, {"rewards": LEAVES * NAN}, "rewards"),
+        (spo_tree, TREE, {"rewards": LEAVES[:, None]}, "rewards: expected"),
         (spo_tree, TREE, SURE, "old_log_prob: needed"),
         (spo_tree, TREE, {"old_log_prob": torch.ones(4, 2), **SURE}, "a density has no probability"),
         (spo_tree, TREE, {"max_probability": 0.0}, "max_probability: expected"),
