@@ -114,6 +114,10 @@ def main() -> None:
         if name == "mt_ppo":  # a turn that a row never reaches has no reward
             reached = torch.stack([(inputs["segment"] == k).any(1) for k in range(8)], 1)
             chosen["stage_reward"] = torch.where(reached, inputs["stage_reward"], torch.nan)
+        if name in ("spo_tree", "grpo_ma"):  # a segment a level of the tree
+            chosen["segment"] = torch.where(inputs["mask"], inputs["segment"] // 4, -1)
+        if name == "grpo_ma":
+            chosen["node_path"] = inputs["node_path"][:, 1:]
         if name == "otb":
             chosen["step_energy"] = inputs["step_energy"]
         taken = seconds(lambda call=call, chosen=chosen: call(**chosen), args.repeats)  # type: ignore[misc]

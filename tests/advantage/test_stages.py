@@ -91,10 +91,9 @@ def test_rubricem_special_matrices_are_grpo() -> None:
     group = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
     stages, mask = FOUR[:1].expand(8, 4), FULL[:1].expand(8, 4)
     own = rubricem(rewards, group, stages, mask, decay=0.0).advantage
-    later = rubricem(rewards, group, stages, mask, decay=1.0).advantage
-    assert torch.allclose(later, rubricem(rewards, group, stages, mask, None, torch.ones(4, 4).triu()).advantage)
-    terminal = torch.zeros(4, 4)
-    terminal[:, 3] = 1
+    later = rubricem(rewards, group, stages, mask, None, torch.ones(4, 4).triu()).advantage
+    assert torch.allclose(later, rubricem(rewards, group, stages, mask, decay=1.0).advantage)
+    terminal = (torch.arange(4) == 3).float().expand(4, 4)
     last = rubricem(rewards, group, stages, mask, None, terminal).advantage
     for j in range(4):
         assert torch.allclose(own[:, j], grpo(rewards[:, j], group).advantage, atol=1e-6)
@@ -110,13 +109,14 @@ def test_rows_that_agree_are_exactly_zero() -> None:
     out = rubricem(same, group, stages, mask, decay=0.3, eps=0.0)
     assert not out.advantage[:7].any() and out.live.tolist() == [False] * 7 + [True] * 2
     assert out.advantage[7:].all() and out.loss_mask.all()
-    level = brpo(torch.full((9, 4, 2), 0.1, dtype=torch.float64), group, stages, mask, budgets="linear")
+    tenth = same[:, :1, None].expand(9, 4, 2) * 0 + 0.1
+    level = brpo(tenth, group, stages, mask, budgets="linear")
     assert not level.advantage.any() and not level.live.any() and level.loss_mask.all()
     assert not level.channels["summary"].any()
-    lone = brpo(torch.full((9, 4, 1), 0.1, dtype=torch.float64), group, stages, mask)
+    lone = brpo(tenth[..., :1], group, stages, mask)
     assert not lone.advantage.any() and not lone.channels["summary"].any()
-    chosen = torch.tensor([[True, False], [True, False], [False, True], [True, True]] * 2)
-    flat = graph_grpo(torch.full((8,), 0.1), group[:8] * 0, chosen, eps=0.0)
+    chosen = torch.tensor([[True, False], [True, False], [False, True]] * 3)
+    flat = graph_grpo(same[:1, 0].expand(9), group * 0, chosen, eps=0.0)
     assert not flat.advantage.any() and not flat.live.any() and torch.equal(flat.loss_mask, chosen)
 
 
@@ -233,20 +233,18 @@ def test_grpo_vps_against_a_loop(seed: int, singleton: Any) -> None:
 def test_grpo_vps_telescopes_and_reduces_to_dr_grpo() -> None:
     rewards, group, _, _, _ = _case(5)
     rewards = rewards.nan_to_num(nan=0.2)
-    draw = torch.Generator().manual_seed(5)
-    confidence, steps = torch.rand(16, 4, generator=draw), FOUR[:1, :3].expand(16, 3)
-    mask = steps >= 0
+    confidence = torch.rand(16, 4, generator=torch.Generator().manual_seed(5))
+    steps, mask = FOUR[:1, :3].expand(16, 3), torch.ones(16, 3, dtype=torch.bool)
     base = dr_grpo(rewards, group).over_steps(mask).advantage
     out = grpo_vps(rewards, group, confidence, steps, mask, alpha=2.0).advantage
     assert torch.allclose((out - base).sum(1), 2 * (confidence[:, 3] - confidence[:, 0]), atol=1e-5)
     assert torch.equal(grpo_vps(rewards, group, confidence, steps, mask, alpha=0.0).advantage, base)
     assert torch.equal(grpo_vps(rewards, group, confidence * 0 + 0.4, steps, mask).advantage, base)
-    level, ids = torch.full((4,), 0.3), torch.tensor([0, 0, 1, 1])
+    level, ids, inside = torch.full((4,), 0.3), torch.tensor([0, 0, 1, 1]), torch.zeros(4, 1).long()
     rising = torch.tensor([[0.1, 0.4], [0.2, 0.2], [0.3, 0.3], [0.5, 0.5]])
-    lively = grpo_vps(level, ids, rising, torch.zeros(4, 1).long(), torch.ones(4, 1).bool())
+    lively = grpo_vps(level, ids, rising, inside, inside == 0)
     assert lively.live.tolist() == [True, True, False, False] and not lively.advantage[1:].any()
-    outside = torch.tensor([[-1], [0], [0], [0]])
-    assert not grpo_vps(level, ids, rising, outside, outside > -2).live.any()
+    assert not grpo_vps(level, ids, rising, inside - 1, inside == 0).live.any()
 
 
 def test_vps_cuts() -> None:
@@ -277,9 +275,9 @@ def test_full_rollout_is_grpo_on_the_steps_of_its_phases(singleton: Any) -> None
     assert torch.equal(whole.advantage, plain.advantage) and torch.equal(whole.loss_mask, plain.loss_mask)
     assert torch.equal(full_rollout(rewards, group, mask, mask | ~mask, valid, **options).advantage, whole.advantage)
     draft = torch.arange(6).expand(16, 6) < 4
-    parts = [full_rollout(rewards, group, mask, phase, valid, **options) for phase in (draft, ~draft)]
-    assert torch.equal(parts[0].advantage + parts[1].advantage, whole.advantage) and parts[0].advantage.any()
-    assert torch.equal(parts[0].loss_mask, whole.loss_mask & draft)
+    first, second = (full_rollout(rewards, group, mask, phase, valid, **options) for phase in (draft, ~draft))
+    assert torch.equal(first.advantage + second.advantage, whole.advantage) and first.advantage.any()
+    assert torch.equal(first.loss_mask, whole.loss_mask & draft)
     default = full_rollout(rewards, group, mask)
     assert torch.equal(default.advantage, grpo(rewards, group).over_steps(mask).advantage)
 
@@ -295,8 +293,9 @@ def test_graph_grpo_worked_numbers() -> None:
     assert torch.allclose(out.advantage, expected, atol=1e-4) and torch.equal(out.loss_mask, EDGES)
     unbiased = graph_grpo(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3).long(), EDGES, ddof=1).advantage
     assert torch.allclose(unbiased, torch.tensor([[0.0, 1, 0], [0, 0, -1], [0, 1, 0]]), atol=1e-4)
-    wide = graph_grpo(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3).long(), EDGES, eps=6**-0.5).advantage
-    assert float(wide[0, 1]) == pytest.approx(0.5 / (2 / 6**0.5))
+    wide = graph_grpo(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3).long(), EDGES, eps=6**-0.5)
+    assert float(wide.advantage[0, 1]) == pytest.approx(0.5 / (2 / 6**0.5))
+    assert not graph_grpo(torch.tensor([1.0, 0.0]), PAIR, torch.ones(2, 1) > 0).live.any()
     two = graph_grpo(torch.tensor([1.0, 0.0]), PAIR, torch.eye(2) > 0, ddof=1, eps=0.0).advantage
     assert two.diagonal().tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
     moved = graph_grpo(torch.tensor([0.0, 1.0, 1.0]), torch.zeros(3).long(), EDGES[[1, 0, 2]])
@@ -396,6 +395,6 @@ def test_invalid_rows_may_hold_anything_and_nobody_may_be_valid() -> None:
         [False] * 4,
     ]
     assert not rubricem(RUBRIC * junk, PAIR, FOUR, FULL, valid).live.any()
-    nobody = torch.tensor([False, False])
+    nobody = valid & ~valid
     assert not brpo(RUBRIC[..., None], PAIR, FOUR, FULL, nobody).loss_mask.any()
     assert not graph_grpo(RUBRIC[:, 0], PAIR, FULL, nobody).loss_mask.any()
