@@ -141,6 +141,8 @@ def test_spo_tree_progress_adds_the_rise_of_best_of_k() -> None:
     assert out[2, 1] == 0
     two = spo_tree(LEAVES, BRANCHES, TWO, ALL, progress=1.0, best_of=2).advantage
     assert float(two[0, 0]) == pytest.approx(0.25 + (0.75 - 0.4375))
+    far = spo_tree(LEAVES * 2, torch.tensor([[0], [0], [1], [1]]), TWO * 0, ALL, progress=1.0, best_of=1).advantage
+    assert far[:, 0].tolist() == [2, -2, 0, 0]
     one = spo_tree(LEAVES, BRANCHES, TWO, ALL, progress=1.0, best_of=1).advantage
     assert torch.allclose(one, 2 * spo_tree(LEAVES, BRANCHES, TWO, ALL).advantage)
 
