@@ -19,7 +19,7 @@ class Advantage:
     [B], statistics of the group's rewards (NaN for a group without any), None where the method has no groups.
     returns: float32 S, the critic's target; critic_mask: bool S, where the critic is trained (it may differ from
     loss_mask); clip_scale: float32 S, a factor of the clip range; channels: parts of the result by name (for instance
-    low and high), each float32 S or [B]. None stands for: the method says nothing about it.
+    low and high), float32, mostly S or [B]. None stands for: the method says nothing about it.
     """
 
     advantage: Tensor

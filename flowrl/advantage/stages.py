@@ -88,7 +88,7 @@ def rubricem(
     advantage = divide(centred, s.scale, eps).view(rows, stages)
     kept = segment_gather(known, segment)
     live = group_any(centred.view(rows, stages).any(dim=1), group)
-    return step_result(segment_gather(advantage, segment), kept, live)
+    return step_result(segment_gather(advantage.float(), segment), kept, live)
 
 
 Budgets = Literal["uniform", "linear", "base"]
@@ -171,7 +171,7 @@ def brpo(
     summary = torch.where(known, value - mean[..., None], 0.0)
     summary = drop_rounding(summary, torch.maximum(value.abs(), mean.abs()[..., None]))
     live = group_any((has & (advantage != 0)).any(dim=1), group)
-    out = step_result(segment_gather(advantage, segment), segment_gather(has, segment), live)
+    out = step_result(segment_gather(advantage.float(), segment), segment_gather(has, segment), live)
     return replace(out, channels={"thinking": out.advantage, "summary": summary.float()})
 
 

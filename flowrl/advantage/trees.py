@@ -178,13 +178,13 @@ def spo_tree(
     edges, _ = _climb(value, known, node_path)
     gain = torch.stack([_edge_advantage(e, mode, eps, progress, best_of)[e.index] for e in edges], dim=1)
     leaves = torch.stack([e.leaves[e.index] for e in edges], dim=1)
-    advantage = segment_gather(gain, segment)
+    advantage = segment_gather(gain.float(), segment)
     kept = (segment >= 0) & known[:, None]
     if drop_zero:
         kept = kept & (advantage != 0)
     kept = kept & _unsure(mask, old_log_prob, max_probability)
     s = group_statistics(value, node_path[:, 0], known, 0, "zero")
-    return step_result(advantage, kept, s.live, segment_gather(1 / leaves.clamp(min=1), segment), s)
+    return step_result(advantage, kept, s.live, segment_gather(1 / leaves.clamp(min=1).float(), segment), s)
 
 
 def spo_cuts(
@@ -318,8 +318,8 @@ def grpo_ma(
     sizes = torch.stack([mates.count()[thoughts.index] * thoughts.leaves[thoughts.index], s.groups.count().double()], 1)
     part = segment.clamp(max=1)
     kept = (part >= 0) & known[:, None]
-    advantage = segment_gather(torch.stack([thought, answer], dim=1), part)
-    return step_result(advantage, kept, s.live, segment_gather(1 / sizes.clamp(min=1), part), s)
+    advantage = segment_gather(torch.stack([thought, answer], dim=1).float(), part)
+    return step_result(advantage, kept, s.live, segment_gather(1 / sizes.clamp(min=1).float(), part), s)
 
 
 _TESTS = "tests/advantage/test_trees.py::"
