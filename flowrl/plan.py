@@ -1,12 +1,4 @@
-"""What one iteration of a config will ask of the network: plain arithmetic, no model, no torch.
-
-With B samples in P groups, T schedule steps, K trained steps from step s on, c guidance branches (1 or 2):
-
-    rollout      c (P s + B (T - s)) forwards with a shared prefix, else c B T
-    update       c B K forwards a pass, and as many backwards (B K where only the conditional branch has a gradient)
-    loss         c (passes B - B_1) K forwards with a loss over whole trajectories (B_1: the first minibatch), else none
-    reference    c B K forwards with a KL term, whatever the number of passes, else none
-"""
+"""What one iteration of a config will cost: geometry, network calls (flowrl.cost), memory; no model, no torch."""
 
 from __future__ import annotations
 
@@ -14,45 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flowrl import cost
 from flowrl.config.schema import Config
+from flowrl.cost import Count, Work
 
 # (channels, pixels a latent cell) of families whose latents are [C, H / f, W / f]; other models are asked once loaded.
 _LATENTS = {"sd3": (16, 8), "stable_diffusion": (4, 8)}
 _EMBEDDED = (4, 4)
 _BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass(frozen=True)
-class Count:
-    """Network work an iteration: its least, mean and most over the starts of the window. Samples and calls alike."""
-
-    least: float
-    mean: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Count:
-        return cls(min(values), sum(values) / len(values), max(values))
-
-    def __add__(self, other: Count) -> Count:
-        return Count(self.least + other.least, self.mean + other.mean, self.most + other.most)
-
-    def times(self, count: int) -> Count:
-        return Count(count * self.least, count * self.mean, count * self.most)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Samples through the network and the calls they come in."""
-
-    samples: Count
-    calls: Count
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.samples + other.samples, self.calls + other.calls)
-
-    def times(self, count: int) -> Work:
-        return Work(self.samples.times(count), self.calls.times(count))
 
 
 @dataclass(frozen=True)
@@ -96,11 +57,10 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
     known for. The config is taken as checked.
     """
     batch, rollout, objective = config.batch, config.rollout, config.objective
-    branches = 1 if rollout.guidance == 1 else 2
-    window, starts = _window(config)
+    branches = cost.branches_of(config)
+    window, starts = cost.window_of(config)
     transitions = batch.samples * window
-    forward, backward = _update(config, window, branches)
-    none = Work(Count(0, 0, 0), Count(0, 0, 0))
+    one_pass = cost.pass_work(config)
     evaluation = config.evaluation
     pictures = evaluation.count * evaluation.per_prompt
     shape = latent_shape if latent_shape is not None else _latent_shape(config)
@@ -117,66 +77,17 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
         branches=branches,
         transitions=transitions,
         updates=objective.updates * objective.passes,
-        rollout=_rollout(config, starts, branches),
-        update_forward=forward.times(objective.passes),
-        update_backward=backward.times(objective.passes),
-        loss=_joint_loss(config, forward, window, branches),
-        reference=none if objective.kl.form == "none" else forward,
+        rollout=cost.rollout_work(config),
+        update_forward=one_pass.times(branches * objective.passes),
+        update_backward=one_pass.times((branches if rollout.cfg_gradient == "full" else 1) * objective.passes),
+        loss=cost.loss_work(config),
+        reference=cost.NONE if objective.kl.form == "none" else one_pass.times(branches),
         decode_calls=math.ceil(batch.samples / batch.micro_batch),
         reward_samples=batch.samples * len(config.rewards),
         evaluation_pictures=pictures,
         evaluation_forwards=pictures * evaluation.steps * (1 if evaluation.guidance == 1 else 2),
         stored_bytes=stored,
     )
-
-
-def _window(config: Config) -> tuple[int, tuple[int, ...]]:
-    """Trained steps a sample, and the possible first steps of the window."""
-    window = config.rollout.window
-    if window.kind == "full":
-        return config.rollout.steps - 1, (0,)  # the last step is deterministic under every kernel
-    return window.size, tuple(range(window.first, window.last + 1))
-
-
-def _rollout(config: Config, starts: Sequence[int], branches: int) -> Work:
-    batch, steps = config.batch, config.rollout.steps
-    shared = starts if config.rollout.share_prefix else [0] * len(starts)
-    prefix_calls = math.ceil(batch.groups / batch.micro_batch)
-    later_calls = math.ceil(batch.samples / batch.micro_batch)
-    return Work(
-        Count.of([branches * (batch.groups * s + batch.samples * (steps - s)) for s in shared]),
-        Count.of([branches * (prefix_calls * s + later_calls * (steps - s)) for s in shared]),
-    )
-
-
-def _update(config: Config, window: int, branches: int) -> tuple[Work, Work]:
-    """Forwards and backwards of one pass: one call for each branch, micro-batch of samples and trained step."""
-    batch, objective = config.batch, config.objective
-    whole, rest = divmod(batch.groups, objective.updates)
-    shares = [(whole + (index < rest)) * batch.group_size for index in range(objective.updates)]
-    samples = batch.samples * window
-    calls = window * sum(math.ceil(share / batch.micro_batch) for share in shares)
-    grad_branches = branches if config.rollout.cfg_gradient == "full" else 1
-    forward = Work(Count.of([branches * samples]), Count.of([branches * calls]))
-    return forward, Work(Count.of([grad_branches * samples]), Count.of([grad_branches * calls]))
-
-
-def _joint_loss(config: Config, forward: Work, window: int, branches: int) -> Work:
-    """Forwards of a loss over whole trajectories: it needs the present log-probs, known only before the first step."""
-    objective, batch = config.objective, config.batch
-    nothing = Work(Count(0, 0, 0), Count(0, 0, 0))
-    if objective.loss == "ppo":
-        return nothing
-    from flowrl.advantage.catalogue import JOINT_LOSSES
-
-    if objective.loss not in JOINT_LOSSES:
-        return nothing
-    whole, rest = divmod(batch.groups, objective.updates)
-    first = (whole + (rest > 0)) * batch.group_size
-    known = Work(
-        Count.of([-branches * first * window]), Count.of([-branches * window * math.ceil(first / batch.micro_batch)])
-    )
-    return forward.times(objective.passes) + known
 
 
 def _latent_shape(config: Config) -> tuple[int, int, int] | None:

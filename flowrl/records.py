@@ -79,6 +79,11 @@ class Trajectory:
     x, x_next: storage dtype [B, K, ...]; step: int64 [B, K]; old_log_prob, std: float32 [B, K]; x0: [B, ...];
     stochastic_mask, trained_mask: bool [B, T]; parent: int64 [B], the sample whose prefix this one shares (itself if none);
     prompt_id, occurrence, member, group_id: int64 [B]. Forward-process methods leave x .. std as None and keep x0 alone.
+
+    state, node: int64 [B, K]; samples with equal ``state`` at a transition start it from one latent, so one network call
+    serves them all; those with equal ``node`` share the whole transition. What a method asks for beyond that: value, the
+    network's (guided) output of each transition, float32 [B, K, ...], and its ``kind``; x0_hat, the one-step clean
+    estimate before the first transition and after each but the last, float32 [B, K, ...].
     """
 
     prompt_id: torch.Tensor
@@ -99,6 +104,11 @@ class Trajectory:
     step: torch.Tensor | None = None
     old_log_prob: torch.Tensor | None = None
     std: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+    node: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    kind: PredictionKind = "velocity"
+    x0_hat: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_id)

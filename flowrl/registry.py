@@ -47,6 +47,7 @@ ADVANTAGES: Mapping[str, str] = _engine(
         "estimators": "grpo dr_grpo rloo lite_ppo gdpo",
         "anchors": "gigpo",
         "baselines": "poise v0 remax pass_at_k gpg",
+        "branches": "branch_grpo tree_grpo seed_grpo",
         "local_terms": "mt_grpo a2tgpo capo_credit",
         "macro_returns": "ma_rlhf hae mt_ppo eapo",
         "normalisation": "bnpo copo dgpo_difficulty adora",
@@ -54,6 +55,7 @@ ADVANTAGES: Mapping[str, str] = _engine(
         "process_terms": "oprl prl prorag",
         "returns": "gae open_reasoner_zero t_ppo pdppo reinforce_pp reinforce_pp_baseline",
         "stages": "rubricem brpo grpo_vps full_rollout graph_grpo",
+        "step_values": "step_credit vgpo dense_grpo stepwise tp_grpo",
         "streams": "spo_single_stream dcpo_smoothed",
         "tempered": "dcpo_distribution",
         "token_terms": "ktae gtpo",
@@ -71,9 +73,24 @@ POLICY_LOSSES: Mapping[str, str] = _engine(
         "weighted_losses": "cispo sapo dppo dro clip_cov kl_cov",
     }
 )
-OBJECTIVES: Mapping[str, str] = MappingProxyType({"flow_grpo": "flowrl.objectives.flow_grpo:flow_grpo_loss"})
+OBJECTIVES: Mapping[str, str] = MappingProxyType(
+    {
+        name: "flowrl.objectives.forms:FORMS"
+        for name in (
+            *("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "grpo_guard", "tempflow", "flash_grpo"),
+            *("flow_dppo", "pcpo", "policy_flow", "ddpo", "dpok"),
+        )
+    }
+)
+"""Named objectives: keys of a table of forms (ratio, step weight, loss)."""
 KERNELS: Mapping[str, str] = MappingProxyType(
-    {name: f"flowrl.dynamics.kernels:{name}" for name in ("ode", "flow_sde", "dance_sde", "cps", "precise", "ddim")}
+    {
+        name: f"flowrl.dynamics.kernels:{name}"
+        for name in (
+            *("ode", "flow_sde", "dance_sde", "cps", "precise", "ddim"),
+            *("memoryless", "precise_dance", "wan_sde"),
+        )
+    }
 )
 
 _TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(

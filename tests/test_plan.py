@@ -12,17 +12,20 @@ SMALL = Batch(groups=4, group_size=8, micro_batch=16)  # 32 samples, 2 micro-bat
 
 
 def test_window_with_shared_prefix() -> None:
-    """24 x 16 = 384 samples, 8 steps, starts 0, 1, 2: 3072, 24 + 2688 = 2712, 48 + 2304 = 2352 forwards."""
+    """24 x 16 = 384 samples, 8 steps, starts 0, 1, 2. Steps up to the window's first are one latent a group, 24; then 384:
+
+    24 + 7 x 384 = 2712, 48 + 6 x 384 = 2352, 72 + 5 x 384 = 1992 forwards. The update's first step is 24, its second 384.
+    """
     made = plan(Config(rewards=(RewardEntry(name="a"), RewardEntry(name="b"))))
     assert made.starts == (0, 1, 2)
-    assert made.rollout.samples == Count(2352, 2712, 3072)
+    assert made.rollout.samples == Count(1992, 2352, 2712)
     # 6 calls a step for all samples, 1 for the 24 prefixes: 48, 1 + 42, 2 + 36.
     assert made.rollout.calls == Count(38, 43, 48)
     assert made.transitions == 768
-    assert made.update_forward.samples == made.update_backward.samples == Count(768, 768, 768)
+    assert made.update_forward.samples == made.update_backward.samples == Count(408, 408, 408)
     assert made.update_forward.calls == Count(12, 12, 12)
     assert made.reference.samples == Count(0, 0, 0)
-    assert made.forward.samples == Count(3120, 3480, 3840)
+    assert made.forward.samples == Count(2400, 2760, 3120)
     assert (made.decode_calls, made.reward_samples) == (6, 768)
 
 
@@ -50,8 +53,8 @@ def test_every_step_with_full_guidance_and_a_reference() -> None:
 
 def test_conditional_gradient_saves_backwards_only() -> None:
     made = plan(Config(batch=SMALL, rollout=Rollout(guidance=3.0, cfg_gradient="conditional")))
-    assert made.update_forward.samples == Count(128, 128, 128)
-    assert made.update_backward.samples == Count(64, 64, 64)
+    assert made.update_forward.samples == Count(72, 72, 72)  # 2 branches x (4 shared latents + 32)
+    assert made.update_backward.samples == Count(36, 36, 36)
     assert made.update_backward.calls == Count(4, 4, 4)
 
 
@@ -63,9 +66,9 @@ def test_updates_split_the_groups_and_passes_repeat_them() -> None:
     objective = Objective(updates=3, passes=2, kl=Kl(form="velocity", weight=1.0))
     made = plan(Config(batch=Batch(groups=4, group_size=8, micro_batch=8), objective=objective))
     assert made.updates == 6
-    assert made.update_forward.samples == Count(128, 128, 128)
+    assert made.update_forward.samples == Count(72, 72, 72)  # 2 passes x (4 shared latents + 32)
     assert made.update_forward.calls == made.update_backward.calls == Count(16, 16, 16)
-    assert made.reference.samples == Count(64, 64, 64)
+    assert made.reference.samples == Count(36, 36, 36)
     assert made.reference.calls == Count(8, 8, 8)
 
 
@@ -75,7 +78,8 @@ def test_ragged_micro_batches_round_up() -> None:
             batch=Batch(groups=5, group_size=3, micro_batch=4), rollout=Rollout(steps=3, window=Window(size=1, last=1))
         )
     )
-    assert made.rollout.samples == Count(35, 40, 45)
+    # Chunks start at rows 0, 4, 8, 12 and groups at 0, 3, 6, 9, 12: 7 latents at the shared step.
+    assert made.rollout.samples == Count(5 + 7 + 15, 32, 7 + 15 + 15)
     assert made.rollout.calls == Count(10, 11, 12)
     assert made.decode_calls == 4
 
@@ -99,7 +103,7 @@ def test_evaluation_cost() -> None:
 def test_text_names_the_numbers() -> None:
     text = plan_text(Config(rewards=(RewardEntry(name="a"),)))
     assert "24 groups x 16 members = 384 samples" in text
-    assert "2,712.0 (2,352 to 3,072)" in text
+    assert "2,352.0 (1,992 to 2,712)" in text
     assert "its work is at most this" in text
     assert "known once the model is loaded" in plan_text(Config(model=Model(adapter="flux", path="x")))
     with_kl = Config(objective=Objective(kl=Kl(form="velocity", weight=1.0)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowrl import registry
-from flowrl.config.schema import Config
+from flowrl.config.schema import Config, Objective
 
 if TYPE_CHECKING:
     from flowrl.advantage import Method
@@ -22,17 +22,24 @@ SUBSTITUTES = {"dcpo_dynamic": "old_prob", "dppo": "divergence"}
 _PLAIN = frozenset({"grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"})
 
 
+def loss_name(objective: Objective) -> str:
+    """The policy loss that an objective runs: the one it names itself, else that of its form."""
+    if objective.loss or objective.name == "flow_grpo":
+        return objective.loss or "ppo"
+    return str(registry.resolve("objective", objective.name)[objective.name].loss)
+
+
 def problems(config: Config) -> Iterator[str]:
     """Say what is wrong with ``advantage`` and ``objective.loss``, one line each."""
     a, o = config.advantage, config.objective
     if a.name not in _PLAIN or a.options:
         yield from _of("estimator", "advantage", "advantage.name", a.name, "advantage.options", a.options, SUPPLIED)
-    if o.loss != "ppo" or o.loss_options:
+    if o.loss not in ("", "ppo") or o.loss_options:
         yield from _of(
             "policy_loss",
             "policy_loss",
             "objective.loss",
-            o.loss,
+            loss_name(o),
             "objective.loss_options",
             o.loss_options,
             LOSS_INPUTS,

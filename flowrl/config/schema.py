@@ -49,6 +49,34 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """How many members each group gets, decided before the rollout from how often its prompt succeeded so far.
+
+    name: fixed (``group_size`` each) | knapsack (Knapsack RL: more members where success is likely but not sure, within
+    [low, high], the same total). vade: prompts are drawn by Thompson sampling of their success rates (VADE), at fixed size.
+    success: score from which a sample counts as a success. memory: how much of a prompt's record survives a visit.
+    """
+
+    name: Literal["fixed", "knapsack", "vade"] = "fixed"
+    low: int = 2
+    high: int = 128
+    success: float = 0.5
+    memory: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which members of a group are trained, chosen after the scores are known.
+
+    name: all | best_worst (``number`` best and ``number`` worst, DanceGRPO) | d3s (the ``number`` members whose rewards
+    vary most). Advantages are those of the whole group.
+    """
+
+    name: Literal["all", "best_worst", "d3s"] = "all"
+    number: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """The global batch of one iteration, in groups (one prompt each) and members (samples of that prompt).
 
@@ -58,6 +86,8 @@ class Batch:
     groups: int = 24
     group_size: int = 16
     micro_batch: int = 64
+    allocation: Allocation = field(default_factory=Allocation)
+    selection: Selection = field(default_factory=Selection)
 
     @property
     def samples(self) -> int:
@@ -66,9 +96,9 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Step kernel of the stochastic steps: ode, flow_sde, dance_sde, cps, precise, ddim.
+    """Step kernel of the stochastic steps, by its name in flowrl.dynamics.
 
-    noise: a for flow_sde and precise, eta for the others.
+    noise: a for flow_sde and precise, eta for the others; memoryless and wan_sde fix their own.
     """
 
     name: str = "precise"
@@ -79,29 +109,39 @@ class Kernel:
 class Window:
     """Which steps are stochastic (and trained): all of them, or ``size`` steps whose start is random or slides.
 
-    kind: full | random | sliding. first, last: range of the start step, both inclusive. every: iterations before a sliding
-    window moves by one step (it returns to ``first`` after ``last``).
+    kind: full | random | sliding | iso_temporal (random, each group its own; all its members share it). first, last: range
+    of the start step, both inclusive. every: iterations before a sliding window moves by one step (it returns to ``first``
+    after ``last``). strategy: of a sliding window, progressive | random | decaying | exponential (MixGRPO). train_fraction:
+    how much of the stochastic steps is trained, a keyed random part (DanceGRPO: 0.6).
     """
 
-    kind: Literal["full", "random", "sliding"] = "random"
+    kind: Literal["full", "random", "sliding", "iso_temporal"] = "random"
     size: int = 2
     first: int = 0
     last: int = 2
     every: int = 5
+    strategy: Literal["progressive", "random", "decaying", "exponential"] = "progressive"
+    train_fraction: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """How trajectories are drawn. guidance 1 means no guidance; cfg_gradient: which branches the update differentiates.
 
-    share_prefix: one start noise a group, and the deterministic steps before the window are computed once a group.
-    storage_dtype: of the latents kept for the update.
+    share_prefix: the members of a group share start noise and latents until the first stochastic step, and what they share
+    is computed once. seeds: start noises a group, each with an equal part of its members. splits: {step: children}, where
+    the members part instead (a tree; the product of the children times the seeds is the group size).
+    solver: of the deterministic steps after the window, euler | heun | dpmpp_2m. storage_dtype: of the latents kept for the
+    update.
     """
 
     steps: int = 8
     kernel: Kernel = field(default_factory=Kernel)
     window: Window = field(default_factory=Window)
     share_prefix: bool = True
+    seeds: int = 1
+    splits: dict[int, int] = field(default_factory=dict)
+    solver: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     guidance: float = 1.0
     cfg_gradient: Literal["full", "conditional"] = "full"
     storage_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -122,6 +162,20 @@ class Advantage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Credit:
+    """Values of intermediate latents, for estimators that take them (vgpo, dense_grpo, stepwise, tp_grpo).
+
+    values: none | x0 (rewards of the one-step clean estimate, no extra network calls) | ode (rewards of a deterministic
+    run to the end, in ode_steps steps; 0: all that are left). stride: every how many trained steps a value is taken; the
+    steps between carry the next one.
+    """
+
+    values: Literal["none", "x0", "ode"] = "none"
+    ode_steps: int = 0
+    stride: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kl:
     """Penalty towards the reference policy.
 
@@ -137,13 +191,17 @@ class Kl:
 class Objective:
     """The policy loss. clip_range is in units of the ratio under ``log_prob_reduction``.
 
-    loss: a policy loss of flowrl.advantage; clip_range is that of ppo, the others take bounds from loss_options.
+    name: one of flowrl.objectives.forms: which ratio, weight of each step and loss. ratio, step_weight, loss: "" takes the
+    named objective's own. loss: a policy loss of flowrl.advantage or flowrl.objectives; clip_range is that of ppo, the
+    others take bounds from loss_options.
     updates: optimizer steps a pass, each on its share of the groups; passes: how often a rollout is trained on.
     skip_silent: leave out groups whose advantages are all zero (the same gradient, fewer calls); only without a KL term.
     """
 
     name: str = "flow_grpo"
-    loss: str = "ppo"
+    ratio: Literal["", "plain", "debiased", "normalised"] = ""
+    step_weight: Literal["", "none", "std", "inverse_dt", "inverse_slope", "std_over_slope", "std_over_dt", "dt"] = ""
+    loss: str = ""
     loss_options: dict[str, Any] = field(default_factory=dict)
     clip_range: float = 0.2
     log_prob_reduction: Literal["sum", "mean", "sqrt"] = "sqrt"
@@ -243,6 +301,7 @@ class Config:
     data: Data = field(default_factory=Data)
     batch: Batch = field(default_factory=Batch)
     rollout: Rollout = field(default_factory=Rollout)
+    credit: Credit = field(default_factory=Credit)
     advantage: Advantage = field(default_factory=Advantage)
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)

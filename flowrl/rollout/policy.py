@@ -13,7 +13,7 @@ from flowrl.dynamics.guidance import guide
 from flowrl.dynamics.interpolants import endpoints
 from flowrl.dynamics.kernels import StepPoint, transition
 from flowrl.protocols import PipelineAdapter
-from flowrl.records import Conditioning, Prediction, Request, Schedule
+from flowrl.records import Conditioning, Prediction, PredictionKind, Request, Schedule
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,22 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Step:
-    """The Gaussian of one step and the (guided) network output behind it. mean, value: [B, ...]; std: [B, 1, ..., 1]."""
+    """The Gaussian of one step and the (guided) network output behind it.
+
+    mean, value, x0_hat (the clean picture's one-step estimate): [B, ...]; std: [B, 1, ..., 1]; kind: of the output.
+    """
 
     mean: Tensor
     std: Tensor
     value: Tensor
+    x0_hat: Tensor
     point: StepPoint
+    kind: PredictionKind
+
+    def __getitem__(self, rows: Tensor) -> Step:
+        """Rows int64 [N] of every tensor; a row may come several times."""
+        point = StepPoint(*(value[rows] for value in vars(self.point).values()))
+        return Step(self.mean[rows], self.std[rows], self.value[rows], self.x0_hat[rows], point, self.kind)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,11 @@ class Policy:
     def step(self, x: Tensor, step: Tensor, prompted: Prompted, kernel: str | None = None) -> Step:
         """The transition from x at ``step``, by this policy's kernel or the named one."""
         prediction = self.predict(x, step, prompted)
+        return self.made_of(x, step, prediction.value, prediction.kind, kernel)
+
+    def made_of(self, x: Tensor, step: Tensor, value: Tensor, kind: PredictionKind, kernel: str | None = None) -> Step:
+        """The transition that a network output means: no network call, so a stored output gives back its transition."""
         point = StepPoint.of(self.schedule, step, x.ndim)
-        x0_hat, x1_hat = endpoints(x, prediction.value, prediction.kind, point.alpha, point.sigma)
+        x0_hat, x1_hat = endpoints(x, value, kind, point.alpha, point.sigma)
         mean, std = transition(kernel or self.kernel, self.noise, x, x0_hat, x1_hat, point)
-        return Step(mean, std, prediction.value, point)
+        return Step(mean, std, value, x0_hat, point, kind)

@@ -1,9 +1,14 @@
-"""Rollouts: deterministic steps outside the window, stochastic ones inside, noise drawn by key."""
+"""Rollouts: deterministic steps outside the window, stochastic ones inside, noise drawn by key.
+
+A group is a tree whose leaves are its members. Members that share a latent share the network call that starts from it:
+plain rollouts share nothing, a shared prefix is one stem that fans out at the first stochastic step, and branching
+methods name the steps at which it forks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -13,12 +18,15 @@ from flowrl import rng
 from flowrl.dynamics.kernels import next_latent
 from flowrl.dynamics.log_prob import log_prob
 from flowrl.records import LogProbReduction, Trajectory
-from flowrl.rollout.policy import Policy, Prompted
+from flowrl.rollout.policy import Policy, Prompted, Step
+
+MEMBERS = 1 << 20
+"""More than any group has; ``group_id * MEMBERS + member`` names a latent across groups and processes."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of one rollout on this process, all with ``size`` members.
+    """The groups of one rollout on this process. size: members of every group, or int64 [P] with each group's own.
 
     prompt_id, occurrence, group_id: int64 [P]; prompted: conditioning of P rows.
     """
@@ -27,14 +35,22 @@ class Groups:
     occurrence: Tensor
     group_id: Tensor
     prompted: Prompted
-    size: int
+    size: int | Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        """int64 [P]."""
+        return torch.as_tensor(self.size).expand(len(self.group_id))
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
     """What is common to all groups: latent shape, stochastic steps, storage, and where the noise comes from.
 
-    shared: one start noise a group, deterministic steps before the first stochastic one computed once a group.
+    steps: the stochastic steps, all trained; or ``stochastic`` and ``trained``, bool [P, T], when each group has its own
+    (every group trains equally many). shared: members share start noise and latents until they part: at the first
+    stochastic step, or step by step at ``splits`` (step -> children of every latent). seeds: start noises a shared group.
+    keep: further records of each transition, "value" and "x0_hat".
     """
 
     shape: tuple[int, ...]
@@ -46,6 +62,75 @@ class RolloutPlan:
     seed: int
     iteration: int
     policy_version: int = 0
+    stochastic: Tensor | None = None
+    trained: Tensor | None = None
+    seeds: int = 1
+    splits: Mapping[int, int] = field(default_factory=dict)
+    keep: frozenset[str] = frozenset()
+
+    def masks(self, groups: int, total: int) -> tuple[Tensor, Tensor]:
+        """(stochastic, trained), bool [P, T]."""
+        if self.stochastic is not None and self.trained is not None:
+            return self.stochastic, self.trained
+        mask = torch.zeros(groups, total, dtype=torch.bool)
+        mask[:, list(self.steps)] = True
+        return mask, mask
+
+
+def block_sizes(sizes: Tensor, stochastic: Tensor, shared: bool, seeds: int, splits: Mapping[int, int]) -> Tensor:
+    """How many members share one latent before each step: int64 [P, T + 1].
+
+    sizes: int64 [P]; stochastic: bool [P, T]. Raises ValueError where a group does not divide evenly, or is not fully
+    parted at the end.
+    """
+    groups, total = stochastic.shape
+    block = torch.ones(groups, total + 1, dtype=torch.int64)
+    if not shared:
+        return block
+    if bool((sizes % seeds).any()):
+        raise ValueError(f"rollout.seeds: groups of {sizes.tolist()} members do not share out over {seeds} seeds")
+    block[:, 0] = sizes // seeds
+    first = stochastic.int().argmax(1)
+    for k in range(total):
+        width = torch.where(first == k, block[:, k], 1) if not splits else torch.full_like(first, splits.get(k, 1))
+        if bool((block[:, k] % width).any()):
+            raise ValueError(f"rollout.tree: {block[:, k].tolist()} members cannot part into {splits[k]} at step {k}")
+        block[:, k + 1] = block[:, k] // width
+    if bool((block[:, total] != 1).any()):
+        raise ValueError(
+            f"rollout.tree: splits {dict(splits)} leave {int(block[:, total].max())} members in one place; "
+            "the widths times the seeds must give the group size"
+        )
+    return block
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Leaves of one chunk. group: index [N] of the group; member: int64 [N]; head: int64 [N, T + 1], the first member
+    that shares the latent before each step."""
+
+    group: Tensor
+    member: Tensor
+    head: Tensor
+
+    def __getitem__(self, index: Tensor) -> _Rows:
+        return _Rows(self.group[index], self.member[index], self.head[index])
+
+    def distinct(self, k: int) -> tuple[Tensor, Tensor]:
+        """(one row of each latent before step k, which of those each row is)."""
+        return first_of_each(self.group * MEMBERS + self.head[:, k])
+
+
+def first_of_each(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Split equal ids: (index of the first row of each id, in order of appearance; its place for every row)."""
+    _, inverse = torch.unique(ids, return_inverse=True)
+    place = torch.full((int(inverse.max()) + 1,), len(ids)).scatter_reduce_(
+        0, inverse, torch.arange(len(ids)), reduce="amin"
+    )
+    first, order = place.sort()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    return first, rank[inverse]
 
 
 def _noise(plan: RolloutPlan, groups: Groups, group: Tensor, member: Tensor, step: int, stream: str) -> Tensor:
@@ -58,11 +143,8 @@ def _noise(plan: RolloutPlan, groups: Groups, group: Tensor, member: Tensor, ste
     return rng.normal(keys, plan.shape)
 
 
-def _walk(policy: Policy, x: Tensor, steps: range, prompted: Prompted) -> Tensor:
-    """Deterministic steps."""
-    for k in steps:
-        x = policy.step(x, torch.full((len(x),), k), prompted, kernel="ode").mean
-    return x
+def _ode(policy: Policy, x: Tensor, k: int, prompted: Prompted) -> Step:
+    return policy.step(x, torch.full((len(x),), k), prompted, kernel="ode")
 
 
 @torch.no_grad()
@@ -72,61 +154,145 @@ def rollout(policy: Policy, groups: Groups, plan: RolloutPlan) -> Iterator[Traje
     Rows come ordered by group, then member. Latents are rounded to the storage type before their log-prob is taken, and the
     update reads the same rounded values.
     """
-    device, count = policy.adapter.device, len(groups.group_id)
-    first = plan.steps[0] if plan.shared else 0
-    prefix = None
-    if plan.shared:
-        everyone = torch.arange(count)
-        parts = []
-        for rows in torch.split(everyone, plan.chunk):
-            x = _noise(plan, groups, rows, torch.zeros_like(rows), 0, "initial").to(device)
-            parts.append(_walk(policy, x, range(first), groups.prompted[rows]))
-        prefix = torch.cat(parts)
-    group = torch.arange(count).repeat_interleave(groups.size)
-    member = torch.arange(groups.size).repeat(count)
-    for rows in torch.split(torch.arange(len(group)), plan.chunk):
-        g, m = group[rows], member[rows]
-        start = _noise(plan, groups, g, m, 0, "initial").to(device) if prefix is None else prefix[g]
-        yield _chunk(policy, groups, plan, start, first, g, m)
+    count, sizes, total = len(groups.group_id), groups.sizes, policy.schedule.steps
+    stochastic, trained = plan.masks(count, total)
+    block = block_sizes(sizes, stochastic, plan.shared, plan.seeds, plan.splits)
+    start = _stems_end(stochastic, plan) if plan.shared else torch.zeros(count, dtype=torch.int64)
+    group = torch.arange(count).repeat_interleave(sizes)
+    member = torch.arange(len(group)) - (sizes.cumsum(0) - sizes)[group]
+    rows = _Rows(group, member, member[:, None] // block[group] * block[group])
+    stems, place = rows.distinct(0)
+    shared = _stems(policy, groups, plan, rows[stems], start) if plan.shared else None
+    for part in torch.split(torch.arange(len(group)), plan.chunk):
+        here = rows[part]
+        if shared is None:
+            x = _noise(plan, groups, here.group, here.member, 0, "initial").to(policy.adapter.device)
+        else:
+            x = shared[place[part]]
+        yield _Chunk(policy, groups, plan, here, stochastic, trained).run(x, start[here.group])
 
 
-def _chunk(
-    policy: Policy, groups: Groups, plan: RolloutPlan, x: Tensor, first: int, group: Tensor, member: Tensor
-) -> Trajectory:
-    prompted, size, total = groups.prompted[group], len(x), policy.schedule.steps
-    kept: dict[str, list[Tensor]] = {"x": [], "x_next": [], "old_log_prob": [], "std": []}
-    for k in range(first, total):
-        if k not in plan.steps:
-            x = _walk(policy, x, range(k, k + 1), prompted)
-            continue
-        here = x.to(plan.storage_dtype)
-        step = policy.step(here.float(), torch.full((size,), k), prompted)
-        noise = _noise(plan, groups, group, member, k, "step").to(x.device)
-        after = next_latent(step.mean, step.std, noise, plan.storage_dtype)
-        kept["x"].append(here)
-        kept["x_next"].append(after)
-        kept["old_log_prob"].append(log_prob(after, step.mean, step.std, plan.reduction))
-        kept["std"].append(step.std.flatten())
-        x = after.float()
-    mask = torch.zeros(size, total, dtype=torch.bool)
-    mask[:, list(plan.steps)] = True
-    return Trajectory(
-        prompt_id=groups.prompt_id[group],
-        occurrence=groups.occurrence[group],
-        group_id=groups.group_id[group],
-        member=member,
-        policy_version=plan.policy_version,
-        schedule=policy.schedule,
-        kernel=policy.kernel,
-        log_prob_reduction=plan.reduction,
-        storage_dtype=plan.storage_dtype,
-        x0=x,
-        stochastic_mask=mask,
-        trained_mask=mask.clone(),
-        parent=groups.group_id[group] * groups.size if plan.shared else groups.group_id[group] * groups.size + member,
-        step=torch.tensor(list(plan.steps)).expand(size, -1).clone(),
-        **{name: torch.stack(values, 1) for name, values in kept.items()},
-    )
+def _stems_end(stochastic: Tensor, plan: RolloutPlan) -> Tensor:
+    """First step of each group at which something is drawn or parts: int64 [P]."""
+    first = stochastic.int().argmax(1)
+    return first.clamp(max=min(plan.splits)) if plan.splits else first
+
+
+def _stems(policy: Policy, groups: Groups, plan: RolloutPlan, stems: _Rows, start: Tensor) -> Tensor:
+    """The deterministic steps that whole stems share, each computed once: latents at ``start`` of each stem."""
+    made = []
+    for rows in torch.split(torch.arange(len(stems.group)), plan.chunk):
+        part = stems[rows]
+        x = _noise(plan, groups, part.group, part.head[:, 0], 0, "initial").to(policy.adapter.device)
+        end = start[part.group]
+        for k in range(int(end.max())):
+            on = (end > k).nonzero().flatten()
+            x[on] = _ode(policy, x[on], k, groups.prompted[part.group[on]]).mean
+        made.append(x)
+    return torch.cat(made)
+
+
+class _Chunk:
+    """One chunk of leaves on their way from the stems' ends to x0."""
+
+    def __init__(
+        self, policy: Policy, groups: Groups, plan: RolloutPlan, rows: _Rows, stochastic: Tensor, trained: Tensor
+    ) -> None:
+        self.policy, self.groups, self.plan, self.rows = policy, groups, plan, rows
+        self.stochastic, self.trained = stochastic[rows.group], trained[rows.group]
+        self.slot = self.trained.int().cumsum(1) - 1
+        self.kept: dict[str, Tensor] = {}
+        self.kind = "velocity"
+
+    def run(self, x: Tensor, start: Tensor) -> Trajectory:
+        x = x.clone()
+        for k in range(int(start.min()), self.policy.schedule.steps):
+            on = (start <= k).nonzero().flatten()
+            x[on] = self._step(x[on], k, on)
+        return self._trajectory(x)
+
+    def _step(self, x: Tensor, k: int, on: Tensor) -> Tensor:
+        """Move rows ``on`` over step k: those that share a latent by one network call."""
+        rows, drawn = self.rows[on], self.stochastic[on, k]
+        kept = x.to(self.plan.storage_dtype)
+        x = torch.where(_like(drawn, x), kept.float(), x)
+        first, place = rows.distinct(k)
+        steps, prompted = torch.full((len(first),), k), self.groups.prompted[rows.group[first]]
+        if not bool(drawn.any()):
+            made = self.policy.step(x[first], steps, prompted, kernel="ode")[place]
+            self._keep_estimate(made, k, on)
+            return made.mean
+        source = self.policy.step(x[first], steps, prompted)
+        made = source[place]
+        after = self._draw(made, rows, k)
+        self._keep_estimate(made, k, on)
+        self._keep(made, kept, after, k, on)
+        if bool(drawn.all()):
+            return after.float()
+        straight = self.policy.made_of(x[first], steps, source.value, source.kind, kernel="ode")[place]
+        return torch.where(_like(drawn, x), after.float(), straight.mean)
+
+    def _draw(self, made: Step, rows: _Rows, k: int) -> Tensor:
+        first, place = rows.distinct(k + 1)  # members that stay together draw one noise
+        noise = _noise(self.plan, self.groups, rows.group[first], rows.head[first, k + 1], k, "step")
+        return next_latent(made.mean, made.std, noise.to(made.mean.device)[place], self.plan.storage_dtype)
+
+    def _keep(self, made: Step, x: Tensor, after: Tensor, k: int, on: Tensor) -> None:
+        which = self.trained[on, k].nonzero().flatten()
+        rows = on[which]
+        scores = log_prob(after, made.mean, made.std, self.plan.reduction)
+        found = {"x": x, "x_next": after, "old_log_prob": scores, "std": made.std.flatten()}
+        if "value" in self.plan.keep:
+            found["value"] = made.value.float()
+            self.kind = made.kind
+        for name, values in found.items():
+            self._write(name, rows, self.slot[rows, k], values[which])
+
+    def _keep_estimate(self, made: Step, k: int, on: Tensor) -> None:
+        """x0_hat before the first trained transition (slot 0) and after each but the last (slots 1 to K - 1)."""
+        if "x0_hat" not in self.plan.keep:
+            return
+        trained, slot = self.trained[on], self.slot[on]
+        begins = trained[:, k] & (slot[:, k] == 0)
+        follows = trained[:, k - 1] & (slot[:, k - 1] + 1 < trained.sum(1)) if k else torch.zeros_like(begins)
+        for wanted, place in ((begins, torch.zeros_like(slot[:, k])), (follows, slot[:, max(k - 1, 0)] + 1)):
+            which = wanted.nonzero().flatten()
+            self._write("x0_hat", on[which], place[which], made.x0_hat[which])
+
+    def _write(self, name: str, rows: Tensor, slot: Tensor, values: Tensor) -> None:
+        if name not in self.kept:
+            size = (len(self.rows.group), int(self.trained[0].sum()), *values.shape[1:])
+            self.kept[name] = torch.zeros(size, dtype=values.dtype, device=values.device)
+        self.kept[name][rows, slot] = values
+
+    def _trajectory(self, x0: Tensor) -> Trajectory:
+        rows, groups, plan = self.rows, self.groups, self.plan
+        step = self.trained.nonzero()[:, 1].reshape(len(rows.group), -1)
+        own = groups.group_id[rows.group]
+        return Trajectory(
+            prompt_id=groups.prompt_id[rows.group],
+            occurrence=groups.occurrence[rows.group],
+            group_id=own,
+            member=rows.member,
+            policy_version=plan.policy_version,
+            schedule=self.policy.schedule,
+            kernel=self.policy.kernel,
+            log_prob_reduction=plan.reduction,
+            storage_dtype=plan.storage_dtype,
+            x0=x0,
+            stochastic_mask=self.stochastic,
+            trained_mask=self.trained.clone(),
+            parent=own * MEMBERS + rows.head[:, 0],
+            step=step,
+            state=own[:, None] * MEMBERS + rows.head.gather(1, step),
+            node=own[:, None] * MEMBERS + rows.head.gather(1, step + 1),
+            kind=self.kind,
+            **self.kept,
+        )
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (x.ndim - 1)).to(x.device)
 
 
 def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
@@ -142,4 +308,7 @@ def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
 @torch.no_grad()
 def sample(policy: Policy, prompted: Prompted, x: Tensor) -> Tensor:
     """Deterministic sampling from start noise x [B, ...] to x0."""
-    return _walk(policy, x.to(policy.adapter.device), range(policy.schedule.steps), prompted)
+    x = x.to(policy.adapter.device)
+    for k in range(policy.schedule.steps):
+        x = _ode(policy, x, k, prompted).mean
+    return x

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowrl.advantage import PolicyLoss, policy_loss
 from flowrl.advantage.catalogue import JOINT_LOSSES
+from flowrl.config.engine import loss_name
 from flowrl.config.schema import Objective
 from flowrl.objectives.flow_grpo import Surrogate
 
@@ -45,15 +46,15 @@ class Joint:
 
 def choose(objective: Objective) -> Chosen:
     """Bind the options of ``objective.loss``; clip_range is PPO's bound where its options name none."""
-    options = dict(objective.loss_options)
-    if objective.loss == "ppo":
+    name, options = loss_name(objective), dict(objective.loss_options)
+    if name == "ppo":
         options = {"low": objective.clip_range} | options
 
     def surrogate(now: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> PolicyLoss:
         inputs = {"log_prob": now, "old_log_prob": old, "advantage": advantage, "mask": mask}
-        return policy_loss(objective.loss, inputs, options)
+        return policy_loss(name, inputs, options)
 
-    return Chosen(surrogate, objective.loss in JOINT_LOSSES)
+    return Chosen(surrogate, name in JOINT_LOSSES)
 
 
 def whole(method: Chosen, now: Tensor, batch: TrainingBatch, parts: Sequence[Tensor], weight: Tensor) -> Joint:

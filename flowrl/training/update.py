@@ -17,7 +17,8 @@ from flowrl.config.schema import Objective
 from flowrl.dynamics.log_prob import log_prob, reference_kl
 from flowrl.objectives.flow_grpo import LossTerms, coefficient_terms, surrogate_terms
 from flowrl.records import Trajectory
-from flowrl.rollout.policy import Policy, Prompted
+from flowrl.rollout.policy import Policy, Prompted, Step
+from flowrl.rollout.sampling import first_of_each
 from flowrl.training import losses
 
 Reference = Callable[[], AbstractContextManager[None]]
@@ -50,17 +51,32 @@ class TrainingBatch:
         return ((self.advantage != 0) & (self.weight != 0) & self.element).any(dim=1)
 
 
+def replay(policy: Policy, batch: TrainingBatch, rows: Tensor, k: int) -> Step:
+    """Transition number ``k`` of samples ``rows`` under the present weights.
+
+    Samples that share a latent share its network call; the gradient of the call is the sum of theirs.
+    """
+    trajectory = batch.trajectory
+    if trajectory.x is None or trajectory.step is None:
+        raise ValueError("update: this trajectory holds no transitions; use a kernel with noise and a window")
+    if trajectory.state is None:
+        return policy.step(trajectory.x[rows, k].float(), trajectory.step[rows, k], batch.prompted[batch.row[rows]])
+    first, place = first_of_each(trajectory.state[rows, k])
+    source = rows[first]
+    made = policy.step(trajectory.x[source, k].float(), trajectory.step[source, k], batch.prompted[batch.row[source]])
+    return made if len(first) == len(rows) else made[place]
+
+
 def replay_log_prob(policy: Policy, batch: TrainingBatch, rows: Tensor, k: int) -> Tensor:
     """Log-prob of the stored transitions number ``k`` of samples ``rows`` under the present weights: float32 [N]."""
-    x, x_next, step = _transition(batch.trajectory, rows, k)
-    made = policy.step(x, step, batch.prompted[batch.row[rows]])
-    return log_prob(x_next, made.mean, made.std, batch.trajectory.log_prob_reduction)
+    made = replay(policy, batch, rows, k)
+    return log_prob(_next(batch.trajectory, rows, k), made.mean, made.std, batch.trajectory.log_prob_reduction)
 
 
-def _transition(trajectory: Trajectory, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    if trajectory.x is None or trajectory.x_next is None or trajectory.step is None:
+def _next(trajectory: Trajectory, rows: Tensor, k: int) -> Tensor:
+    if trajectory.x_next is None:
         raise ValueError("update: this trajectory holds no transitions; use a kernel with noise and a window")
-    return trajectory.x[rows, k].float(), trajectory.x_next[rows, k], trajectory.step[rows, k]
+    return trajectory.x_next[rows, k]
 
 
 def chunks(batch: TrainingBatch, minibatch: int, size: int, skip_silent: bool) -> list[Tensor]:
@@ -82,10 +98,8 @@ def reference_values(
     found = {}
     with reference():
         for number, rows in enumerate(parts):
-            prompted = batch.prompted[batch.row[rows]]
             for k in range(steps):
-                x, _, step = _transition(batch.trajectory, rows, k)
-                made = policy.step(x, step, prompted)
+                made = replay(policy, batch, rows, k)
                 found[number, k] = (made.mean, made.value)
     return found
 
@@ -114,11 +128,9 @@ def accumulate(
     if method.joint:
         joint = losses.whole(method, policy_log_probs(policy, batch, parts, on_policy), batch, parts, weight)
     for number, rows in enumerate(parts):
-        prompted = batch.prompted[batch.row[rows]]
         for k in range(trajectory.old_log_prob.shape[1]):
-            x, x_next, step = _transition(trajectory, rows, k)
-            made = policy.step(x, step, prompted)
-            now = log_prob(x_next, made.mean, made.std, trajectory.log_prob_reduction)
+            made = replay(policy, batch, rows, k)
+            now = log_prob(_next(trajectory, rows, k), made.mean, made.std, trajectory.log_prob_reduction)
             kl = None
             if objective.kl.form != "none":
                 mean_ref, value_ref = references[number, k]
@@ -131,7 +143,7 @@ def accumulate(
                 coefficient, part = joint.of(rows, k, now.device)
                 terms = coefficient_terms(now, old, coefficient, part, kl, objective.kl.weight, w)
             terms.loss.backward()  # type: ignore[no-untyped-call]
-            yield int(step[0]), terms
+            yield int(trajectory.step[rows[0], k]), terms
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ def calls(config) -> dict[str, int]:
 def test_window_with_shared_prefix(tiny_sd3: Path) -> None:
     """2 groups of 4 in chunks of 4, 4 steps, window at steps 1 and 2.
 
-    Prefix: step 0 once a group: 1 call, 2 samples. Steps 1 to 3: 2 chunks x 3 steps = 6 calls, 24 samples.
-    Update: 2 chunks x 2 steps = 4 calls of 4 samples, forward and backward.
+    Prefix: step 0 once a group: 1 call, 2 samples. Steps 1 to 3: 2 chunks x 3 steps = 6 calls; the members still share
+    step 1's latent, so 2 + 8 + 8 samples. Update: 2 chunks x 2 steps = 4 calls, 2 + 8 samples, forward and backward.
     """
     config = small_config(tiny_sd3, **{"rollout.window.first": 1, "rollout.window.last": 1})
     assert calls(config) == {
-        "forward": 11, "forward_samples": 42, "forward_grad": 4, "forward_grad_samples": 16, "backward": 4,
-        "backward_samples": 16,
+        "forward": 11, "forward_samples": 30, "forward_grad": 4, "forward_grad_samples": 10, "backward": 4,
+        "backward_samples": 10,
     }  # fmt: skip
 
 
@@ -39,15 +39,16 @@ def test_full_window_with_guidance_and_kl(tiny_sd3: Path) -> None:
 
 
 def test_two_passes_with_a_detached_branch_and_velocity_kl(tiny_sd3: Path) -> None:
-    """cfg_gradient conditional: the unconditional forwards of the update carry no gradient. Window at step 0 and 1, no prefix
-    to share: rollout 2 x 2 x 4 = 16 calls; reference once, 2 x 2 x 2 = 8; update 2 passes x 8 = 16 of which 8 with gradient."""
+    """cfg_gradient conditional: the unconditional forwards of the update carry no gradient. Window at steps 0 and 1, step 0
+    from one latent a group: rollout 2 x 2 x 4 = 16 calls, 2 x (2 + 3 x 8) = 52 samples; reference once, 2 x 2 x 2 = 8 calls,
+    2 x (2 + 8) = 20; update 2 passes x 8 = 16 calls, 40 samples, half of them with gradient."""
     config = small_config(tiny_sd3, **{
         "rollout.window.last": 0, "rollout.guidance": 2.0, "rollout.cfg_gradient": "conditional", "objective.passes": 2,
         "objective.kl.form": "velocity", "objective.kl.weight": 0.1,
     })  # fmt: skip
     assert calls(config) == {
-        "forward": 40, "forward_samples": 160, "forward_grad": 8, "forward_grad_samples": 32, "backward": 8,
-        "backward_samples": 32,
+        "forward": 40, "forward_samples": 112, "forward_grad": 8, "forward_grad_samples": 20, "backward": 8,
+        "backward_samples": 20,
     }  # fmt: skip
 
 
@@ -81,4 +82,4 @@ def test_the_plan_foretells_the_calls(tiny_sd3: Path) -> None:
     config = small_config(tiny_sd3, **{"rollout.window.first": 1, "rollout.window.last": 1})
     made, counted = plan(config), calls(config)
     assert (made.forward.calls.mean, made.forward.samples.mean) == (counted["forward"], counted["forward_samples"])
-    assert (made.update_backward.calls.mean, made.update_backward.samples.mean) == (4, 16)
+    assert (made.update_backward.calls.mean, made.update_backward.samples.mean) == (4, 10)

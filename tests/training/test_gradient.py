@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,41 @@ def test_micro_batch_of_the_update_alone(tiny_sd3: Path) -> None:
     assert_close(found[0], found[2], 1e-5)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_one_call_for_members_that_share_a_latent_keeps_the_gradient(tiny_sd3: Path, passes: int) -> None:
+    """The first trained step of a group starts from one latent; a call of its own for every member changes nothing."""
+    changes = {"objective.kl.form": "paper", "objective.kl.weight": 0.5, "objective.passes": passes}
+    found = {}
+    for shared in (True, False):
+        trainer = make(small_config(tiny_sd3, **changes))
+        train = trainer._train
+
+        def alone(batch, train=train, shared=shared):
+            trajectory = batch.trajectory if shared else replace(batch.trajectory, state=None)
+            return train(replace(batch, trajectory=trajectory))
+
+        trainer._train = alone
+        gradients: list[list[torch.Tensor]] = []
+
+        def keep(trainer=trainer, gradients=gradients, step=trainer._step) -> float:
+            gradients.append([p.grad.clone() for p in trainer.weights.parameters])
+            return step()
+
+        trainer._step = keep
+        row = trainer.iterate()
+        found[shared] = (gradients[-1], row["calls/backward_samples"], row["policy/kl"])
+    assert (found[True][1], found[False][1]) == (10 * passes, 16 * passes)
+    assert_close(found[True][0], found[False][0], 1e-4)
+    assert found[True][2] == pytest.approx(found[False][2], rel=1e-4, abs=1e-9)
+
+
 def test_leaving_out_silent_rows_keeps_the_gradient(tiny_sd3: Path) -> None:
     """One of two groups has no signal: with and without it the gradient is the same, and its calls are saved."""
     changes = {"rewards": [{"name": "tests.training.test_gradient:first_group_only"}]}
     kept, row = gradient(small_config(tiny_sd3, **changes, **{"objective.skip_silent": False}))
     left, saved = gradient(small_config(tiny_sd3, **changes))
     assert row["group/live_fraction"] == 0.5
-    assert (row["calls/backward_samples"], saved["calls/backward_samples"]) == (16, 8)
+    assert (row["calls/backward_samples"], saved["calls/backward_samples"]) == (10, 5)
     assert_close(kept, left, 1e-5)
 
 
