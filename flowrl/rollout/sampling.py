@@ -17,7 +17,7 @@ from torch import Tensor
 from flowrl import rng
 from flowrl.dynamics.kernels import next_latent
 from flowrl.dynamics.log_prob import log_prob
-from flowrl.records import LogProbReduction, Trajectory
+from flowrl.records import LogProbReduction, PredictionKind, Trajectory
 from flowrl.rollout.policy import Policy, Prompted, Step
 
 MEMBERS = 1 << 20
@@ -202,7 +202,7 @@ class _Chunk:
         self.stochastic, self.trained = stochastic[rows.group], trained[rows.group]
         self.slot = self.trained.int().cumsum(1) - 1
         self.kept: dict[str, Tensor] = {}
-        self.kind = "velocity"
+        self.kind: PredictionKind = "velocity"
 
     def run(self, x: Tensor, start: Tensor) -> Trajectory:
         x = x.clone()

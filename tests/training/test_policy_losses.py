@@ -94,7 +94,7 @@ def test_joint_losses_are_those_whose_steps_depend_on_others(name: str) -> None:
 
 @pytest.mark.parametrize(("passes", "extra"), [(1, 0), (2, 10)])
 def test_a_joint_loss_costs_forwards_only_off_policy(tiny_sd3: Path, passes: int, extra: int) -> None:
-    """8 samples, 2 trained steps, the first from one latent a group: a second pass over the rollout needs the present log-probs first."""
+    """8 samples, 2 trained steps, the first from one latent a group: a second pass needs the present log-probs first."""
     configs = [
         small_config(tiny_sd3, **{"objective.loss": name, "objective.passes": passes, "objective.skip_silent": False})
         for name in ("ppo", "gspo")
