@@ -59,11 +59,16 @@ NONE = Work(Count(0, 0, 0), Count(0, 0, 0))
 
 
 def window_of(config: Config) -> tuple[int, tuple[int, ...]]:
-    """Trained steps a sample, and the possible first steps of the window."""
+    """Stochastic steps a sample, and the possible first steps of the window."""
     window = config.rollout.window
     if window.kind == "full":
         return config.rollout.steps - 1, (0,)  # the last step is deterministic under every kernel
-    return window.size, tuple(range(window.first, window.last + 1))
+    return window.size, tuple(range(window.first, window.last + 1, window.stride))
+
+
+def trained_of(config: Config) -> int:
+    """Trained steps a sample."""
+    return max(1, math.floor(config.rollout.window.fraction * window_of(config)[0] + 1e-9))
 
 
 def branches_of(config: Config) -> int:
@@ -78,7 +83,8 @@ def _blocks(config: Config, start: int) -> list[int]:
         return [1] * rollout.steps
     blocks = [size // rollout.seeds]
     for k in range(rollout.steps - 1):
-        width = rollout.splits.get(k, 1) if rollout.splits else blocks[-1] if k == start else 1
+        parts = blocks[-1] if k == start and not rollout.splits else 1
+        width = rollout.children if k in rollout.splits else parts
         blocks.append(blocks[-1] // width)
     return blocks
 
@@ -113,12 +119,16 @@ def _trained(config: Config, groups: int) -> Work:
     """Forwards of one branch over the trained transitions of ``groups`` groups, each once."""
     batch = config.batch
     window, starts = window_of(config)
-    samples = [
-        sum(_latents(groups, batch.group_size, batch.micro_batch, b) for b in _blocks(config, s)[s : s + window])
-        for s in starts
-    ]
-    calls = window * math.ceil(groups * batch.group_size / batch.micro_batch)
-    return Work(Count.of(samples), Count.of([calls]))
+    kept = trained_of(config)
+    least, mean, most = [], [], []
+    for start in starts:
+        blocks = _blocks(config, start)[start : start + window]
+        each = sorted(_latents(groups, batch.group_size, batch.micro_batch, block) for block in blocks)
+        least.append(sum(each[:kept]))  # where a part of the window is trained, which one is drawn
+        mean.append(sum(each) * kept / window)
+        most.append(sum(each[window - kept :]))
+    calls = kept * math.ceil(groups * batch.group_size / batch.micro_batch)
+    return Work(Count(min(least), sum(mean) / len(mean), max(most)), Count.of([calls]))
 
 
 def _shares(config: Config) -> list[int]:
@@ -149,7 +159,37 @@ def loss_work(config: Config) -> Work:
 
 
 def value_work(config: Config) -> Work:
-    """Forwards of the runs that give step values; the x0 estimate comes with the rollout."""
+    """Forwards of the runs that give step values; the one-step estimate comes with the rollout."""
     if config.credit.values != "ode":
         return NONE
-    raise NotImplementedError
+    batch, steps = config.batch, config.rollout.steps
+    samples, calls = [], []
+    for start in window_of(config)[1]:
+        total = number = 0
+        for state, latents in _valued(config, start):
+            run = min(config.credit.ode_steps or steps, steps - state)
+            total += latents * run
+            number += math.ceil(latents / batch.micro_batch) * run
+        samples.append(total)
+        calls.append(number)
+    return Work(Count.of(samples), Count.of(calls)).times(branches_of(config))
+
+
+def value_samples(config: Config) -> int:
+    """Pictures that are decoded and scored an iteration for step values."""
+    if config.credit.values == "none":
+        return 0
+    return sum(latents for _, latents in _valued(config, window_of(config)[1][0]))
+
+
+def _valued(config: Config, start: int) -> list[tuple[int, int]]:
+    """(index of the schedule, distinct latents) of every state that gets a value; fraction 1 is taken."""
+    from flowrl.config.trajectory import reads_start
+
+    blocks = _blocks(config, start)
+    stride, trained = config.credit.stride, trained_of(config)
+    states = [start + k + 1 for k in range(stride - 1, trained - 1, stride)]
+    if reads_start(config):
+        states = [start, *states]
+    samples = config.batch.samples
+    return [(state, samples // blocks[state]) for state in states]

@@ -38,6 +38,8 @@ class Plan:
     update_backward: Work
     loss: Work
     reference: Work
+    values: Work
+    value_samples: int
     decode_calls: int
     reward_samples: int
     evaluation_pictures: int
@@ -47,7 +49,7 @@ class Plan:
     @property
     def forward(self) -> Work:
         """All forwards of an iteration."""
-        return self.rollout + self.update_forward + self.loss + self.reference
+        return self.rollout + self.update_forward + self.loss + self.reference + self.values
 
 
 def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
@@ -58,7 +60,7 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
     """
     batch, rollout, objective = config.batch, config.rollout, config.objective
     branches = cost.branches_of(config)
-    window, starts = cost.window_of(config)
+    window, starts = cost.trained_of(config), cost.window_of(config)[1]
     transitions = batch.samples * window
     one_pass = cost.pass_work(config)
     evaluation = config.evaluation
@@ -82,6 +84,8 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
         update_backward=one_pass.times((branches if rollout.cfg_gradient == "full" else 1) * objective.passes),
         loss=cost.loss_work(config),
         reference=cost.NONE if objective.kl.form == "none" else one_pass.times(branches),
+        values=cost.value_work(config),
+        value_samples=cost.value_samples(config),
         decode_calls=math.ceil(batch.samples / batch.micro_batch),
         reward_samples=batch.samples * len(config.rewards),
         evaluation_pictures=pictures,
@@ -137,6 +141,7 @@ def _work_table(made: Plan) -> list[str]:
         ("update, backward", made.update_backward),
         ("loss, forward", made.loss),
         ("reference, forward", made.reference),
+        ("step values, forward", made.values),
         ("all forwards", made.forward),
     ]
     cells = [("network, an iteration", "samples", "calls", "samples a picture")]
@@ -156,10 +161,18 @@ def _range(count: Count) -> str:
     return f"{count.mean:,.1f} ({count.least:,.0f} to {count.most:,.0f})"
 
 
+def _value_line(config: Config, made: Plan) -> list[str]:
+    if not made.value_samples:
+        return []
+    scores = made.value_samples * len(config.rewards)
+    return [f"step values ({config.credit.values}): {made.value_samples:,} further pictures decoded, {scores:,} scores"]
+
+
 def _rest(config: Config, made: Plan) -> list[str]:
     lines = [
         f"decode: {made.samples:,} pictures in {made.decode_calls:,} calls; "
         f"rewards: {made.reward_samples:,} scores from {len(config.rewards)} rewards",
+        *_value_line(config, made),
         f"evaluation: {made.evaluation_pictures:,} pictures, {made.evaluation_forwards:,} forward samples each time",
     ]
     if made.stored_bytes is None:

@@ -93,6 +93,11 @@ KERNELS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+SURROGATES: Mapping[str, str] = MappingProxyType(
+    {name: f"flowrl.objectives.surrogates:{name}" for name in ("pcpo", "flow_dppo", "dpok")}
+)
+"""Policy losses of denoising steps that the engine does not have."""
+
 _TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(
     {
         "pipeline": (PIPELINES, "flowrl.pipelines"),
@@ -100,6 +105,7 @@ _TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(
         "advantage": (ADVANTAGES, None),
         "policy_loss": (POLICY_LOSSES, None),
         "objective": (OBJECTIVES, None),
+        "surrogate": (SURROGATES, None),
         "kernel": (KERNELS, None),
         "method": (MappingProxyType({}), "flowrl.methods"),
     }
@@ -111,7 +117,8 @@ RUNTIME_PARAMETERS = frozenset({"batch", "images", "prompts", "metadata", "group
 def targets(kind: str) -> dict[str, str]:
     """Map every name of a kind to its ``module:attr``: built-in ones first, then entry points of other packages.
 
-    kind: pipeline, reward, advantage, policy_loss, objective, kernel, method. Raises UserError where two packages claim one name.
+    kind: pipeline, reward, advantage, policy_loss, objective, surrogate, kernel, method. Raises UserError where two
+    packages claim one name.
     """
     table, group = _table(kind)
     found = dict(table)

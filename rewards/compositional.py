@@ -148,6 +148,7 @@ class Compositional:
     """
 
     name = "compositional"
+    minimum = 0.0
 
     def __init__(
         self, detector: str = "world/v1", mode: Literal["mean", "strict", "dense"] = "mean", exact: bool = True

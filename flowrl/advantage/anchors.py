@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .credit import check_choice, drop_rounding, group_any, step_result
+from .checks import check_choice
 from .inputs import check_ids, check_mask, read_rewards, read_step_reward
 from .method import Method
 from .record import Advantage
-from .segments import Groups
-from .statistics import Singleton, check_policies, divide, group_statistics
+from .segments import Groups, group_any
+from .statistics import Singleton, check_policies, divide, drop_rounding, group_statistics, step_result
 from .steps import reverse_scan
 
 

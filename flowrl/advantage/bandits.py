@@ -14,18 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import check_flags
+from .checks import check_number, check_share
+from .inputs import check_flags, read_rows
 from .method import Method
 from .moments import Reduce, total
-from .normalisation import check_number, read_rows
 from .state import State
 from .statistics import divide
 from .streams import add_by_slot, check_counts, read_unit_rewards
-
-
-def _check_unit(name: str, number: float, closed: bool = True) -> None:
-    if not (0 <= number <= 1 and (closed or number > 0)):
-        raise ValueError(f"{name}: expected a number in {'[' if closed else '('}0, 1], got {number}")
 
 
 @dataclass(frozen=True)
@@ -85,9 +80,9 @@ def decay_update(
     [0, 1], a share of a success each. VADE, 2511.18902; reconstructed: the abstract has two scales of decay, their
     values and the place they fade to are ours. On denoising steps: the same. Raises ValueError as the module says.
     """
-    _check_unit("visited", visited, closed=False)
-    _check_unit("unvisited", unvisited, closed=False)
-    check_number("prior", prior, 0.0, open_end=True)
+    check_share("visited", visited, strict=True)
+    check_share("unvisited", unvisited, strict=True)
+    check_number("prior", prior, 0.0, strict=True)
     places = len(state.alpha)
     value, mask = read_unit_rewards(rewards, slot, valid, places)
     counted = add_by_slot(places, slot, mask.double())
@@ -124,7 +119,7 @@ def mixed_batch(scores: Tensor, *, number: int, fraction: float = 0.5, generator
     Both with replacement. scores: floating [P] >= 0; where all are 0, all draws are uniform. fraction 0 is uniform, 1
     all by score. MMR1, 2509.21268. On denoising steps: the same. Raises ValueError for another shape or range.
     """
-    _check_unit("fraction", fraction)
+    check_share("fraction", fraction)
     if number < 1:
         raise ValueError(f"number: expected at least 1, got {number}")
     if scores.ndim != 1 or len(scores) == 0:
@@ -184,7 +179,7 @@ def sec_update(
     after ``dgpo_difficulty`` every group has mean |A| = 1 and nothing is left to learn. reduce: sums over ranks.
     SEC, 2505.14970. On denoising steps: the same, categories are kinds of prompts. Raises ValueError for other shapes.
     """
-    _check_unit("rate", rate)
+    check_share("rate", rate)
     places = len(state.value)
     if arm.dtype != torch.int64 or arm.ndim != 1 or bool(((arm < 0) | (arm >= places)).any()):
         raise ValueError(f"arm: expected int64 [B] in 0 ... {places - 1}, got {arm.dtype} {list(arm.shape)}")
@@ -201,7 +196,7 @@ def sec_probs(state: SECState, *, temperature: float = 1.0) -> Tensor:
 
     SEC, 2505.14970; the published temperature could not be confirmed. On denoising steps: the same.
     """
-    check_number("temperature", temperature, 0.0, open_end=True)
+    check_number("temperature", temperature, 0.0, strict=True)
     return torch.softmax(state.value.double() / temperature, 0).float()
 
 

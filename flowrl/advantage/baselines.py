@@ -6,35 +6,18 @@ those of ``estimators``: a NaN reward is no value, statistics are float64, resul
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .inputs import read_rewards
+from .checks import check_number
+from .inputs import read_rewards, read_rows
 from .method import Method
 from .moments import Reduce, total
 from .record import Advantage
 from .segments import Groups
 from .statistics import Singleton, check_policies, divide, group_result, group_statistics
-
-
-def read_rows(name: str, x: Tensor, mask: Tensor, lowest: float = -math.inf) -> Tensor:
-    """Return ``x`` [B] detached as float64, 0 on the rows that do not count, whatever they held.
-
-    Raises ValueError unless it is real, of the shape of ``mask`` (bool [B]), finite and >= ``lowest`` where it counts.
-    """
-    if x.shape != mask.shape or x.is_complex():
-        raise ValueError(f"{name}: expected real {list(mask.shape)}, one value a row, got {x.dtype} {list(x.shape)}")
-    kept = torch.where(mask, x.detach().double(), 0.0)
-    wrong = ~kept.isfinite() | (mask & (kept < lowest))
-    if bool(wrong.any()):
-        at = wrong.nonzero()[0].tolist()
-        bound = "" if lowest == -math.inf else f" and >= {lowest:g}"
-        place = f" at row {at[0]}" if at else ""
-        raise ValueError(f"{name}: expected finite{bound} on the rows that count, got {float(x[tuple(at)]):g}{place}")
-    return kept
 
 
 def _other_mean(x: Tensor, groups: Groups) -> Tensor:
@@ -92,7 +75,7 @@ def poise(
 
 def _against(rewards: Tensor, baseline: Tensor, name: str, valid: Tensor | None) -> Advantage:
     """r - baseline for each row on its own; a NaN baseline is no value."""
-    value, mask = read_rewards(rewards, torch.zeros(rewards.shape[:1], dtype=torch.int64, device=rewards.device), valid)
+    value, mask = read_rewards(rewards, None, valid)
     if baseline.shape != value.shape:
         raise ValueError(f"{name}: expected [{len(value)}], one value a row, got {list(baseline.shape)}")
     mask = mask & ~baseline.isnan()
@@ -189,8 +172,7 @@ def gpg(
     check_policies(singleton=singleton)
     if alpha not in ("paper", "verl"):
         raise ValueError(f"alpha: expected 'paper' or 'verl', got {alpha!r}")
-    if not (math.isfinite(f_norm) and f_norm > 0):
-        raise ValueError(f"f_norm: expected a finite number > 0, got {f_norm}")
+    check_number("f_norm", f_norm, 0.0, strict=True)
     value, mask = read_rewards(rewards, group, valid)
     s = group_statistics(value, group, mask, 0, singleton)
     counted = mask & (s.live if alpha == "paper" else value != 0)

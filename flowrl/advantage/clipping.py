@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_mask, read_rewards, read_steps
 from .loss_record import PolicyLoss, read_loss_inputs
 from .method import Method
 from .moments import Reduce, total
 from .policy_loss import clipped_high, clipped_low
 from .segments import Groups
-from .weighted_losses import check_number, dcpo_bounds, read_probability
+from .weighted_losses import dcpo_bounds, read_probability
 
 
 def clip_between(
@@ -65,8 +66,8 @@ def ppo(
     On denoising steps: as it is; a ratio of dimension means needs ranges smaller by the number of dimensions.
     """
     high = low if high is None else high
-    check_number("low", low)
-    check_number("high", high)
+    check_number("low", low, 0.0)
+    check_number("high", high, 0.0)
     _, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     if clip_scale is None:
         return clip_between(d.exp(), a, 1.0 - low, 1.0 + high, dual)
@@ -137,9 +138,9 @@ def overlong_penalty(length: Tensor, *, limit: float = 20480.0, buffer: float = 
 
     On denoising steps: the length is constant; pass what varies instead (steps, network calls, seconds) as ``length``.
     """
-    check_number("buffer", buffer, strict=True)
+    check_number("buffer", buffer, 0.0, strict=True)
     check_number("limit", limit, buffer)
-    check_number("factor", factor)
+    check_number("factor", factor, 0.0)
     if length.ndim != 1 or length.numel() == 0 or length.is_complex() or not bool(length.isfinite().all()):
         raise ValueError(f"length: expected finite real numbers [B], got {length.dtype} {list(length.shape)}")
     room = (limit - buffer - length.detach().double()) / buffer
@@ -193,9 +194,9 @@ def bapo_bounds(
     """
     if metric not in ("value", "live"):
         raise ValueError(f"metric: expected 'value' or 'live', got {metric!r}")
-    check_number("target", target)
-    check_number("step", step, strict=True)
-    check_number("lower_start", lower_start)
+    check_number("target", target, 0.0)
+    check_number("step", step, 0.0, strict=True)
+    check_number("lower_start", lower_start, 0.0)
     check_number("lower_stop", lower_stop, lower_start)
     check_number("upper_start", upper_start, lower_stop)
     check_number("upper_stop", upper_stop, upper_start)
@@ -286,7 +287,7 @@ def gppo(
     On denoising steps: as it is.
     """
     for name, number in (("low", low), ("high", high), ("beta_low", beta_low), ("beta_high", beta_high)):
-        check_number(name, number)
+        check_number(name, number, 0.0)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     ratio = d.exp()
     base = clip_between(ratio, a, 1.0 - low, 1.0 + high, dual)

@@ -13,21 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_flags, check_ids, check_mask, read_rewards, read_steps
-from .loss_record import PolicyLoss
+from .loss_record import PolicyLoss, read_live_steps
 from .method import Method
-from .ratios import widen
 from .segments import Groups
 
 
 def _row_sums(name: str, log_prob: Tensor, other_name: str, other: Tensor, mask: Tensor) -> Tensor:
     """Sum clamp(log_prob - other, -20, 20) over the unmasked steps: float32 or wider [B], gradient into log_prob."""
     check_mask(mask)
-    if log_prob.shape != mask.shape or not log_prob.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floating {list(mask.shape)} like mask, got {log_prob.dtype} {list(log_prob.shape)}"
-        )
-    kept = widen(torch.where(mask, log_prob, 0.0))
+    kept = read_live_steps(name, log_prob, mask)
     return (kept - read_steps(other_name, other, mask, kept.dtype)).clamp(-20.0, 20.0).sum(1)
 
 
@@ -77,8 +73,7 @@ def copg(
 
     On denoising steps: as is, on sums of step log-ratios, or with ELBO differences in one column.
     """
-    if not beta > 0:
-        raise ValueError(f"beta: expected a number > 0, got {beta}")
+    check_number("beta", beta, 0.0, strict=True, finite=False)
     if scale not in ("policy_gradient", "squared"):
         raise ValueError(f"scale: expected 'policy_gradient' or 'squared', got {scale!r}")
     drift = _row_sums("log_prob", log_prob, "reference_log_prob", reference_log_prob, mask)
@@ -133,8 +128,7 @@ def real(
     On denoising steps: make ``correct`` from a reward by a threshold or the group's median; s from step log-ratios
     or ELBO gaps.
     """
-    if not tau > 0:
-        raise ValueError(f"tau: expected a number > 0, got {tau}")
+    check_number("tau", tau, 0.0, strict=True, finite=False)
     drift = _row_sums("log_prob", log_prob, "old_log_prob", old_log_prob, mask)
     counts = real_rows(correct, group, mask, valid)
     score = (drift / mask.sum(1).clamp(min=1)).double() / tau

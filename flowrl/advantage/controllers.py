@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_ids, check_mask, read_steps
 from .method import Method
 from .segments import Groups
@@ -33,8 +34,7 @@ class KLControlState(State):
     @classmethod
     def start(cls, coef: float = 0.001) -> KLControlState:
         """Build the state; raises ValueError for a negative coefficient. verl starts at 0.001, older TRL at 0.2."""
-        if not coef >= 0:
-            raise ValueError(f"coef: expected a number >= 0, got {coef}")
+        check_number("coef", coef, 0.0, finite=False)
         return cls(torch.tensor(coef, dtype=torch.float64))
 
 
@@ -65,8 +65,7 @@ class EntropyControlState(State):
     @classmethod
     def start(cls, coef: float = 0.0) -> EntropyControlState:
         """Build the state, active until the first observation (TRL); raises ValueError for a negative coefficient."""
-        if not coef >= 0:
-            raise ValueError(f"coef: expected a number >= 0, got {coef}")
+        check_number("coef", coef, 0.0, finite=False)
         return cls(torch.tensor(coef, dtype=torch.float64), torch.tensor(True))
 
     def applied(self) -> Tensor:

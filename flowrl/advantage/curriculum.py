@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_flags, check_ids, check_mask, read_rewards
 from .method import Method
 from .segments import Groups
@@ -68,8 +69,7 @@ def clpo(
     CLPO, 2509.25004, repository csuking/CLPO; its scripts have hard_kl 0.5, its YAML default is 1. On denoising steps:
     as it is, a prompt rewriter works for images; correct is a reward above a threshold.
     """
-    if not (math.isfinite(hard_kl) and hard_kl >= 0):
-        raise ValueError(f"hard_kl: expected a finite number >= 0, got {hard_kl}")
+    check_number("hard_kl", hard_kl, 0.0)
     groups = _read_correct(correct, group, valid)
     accuracy = groups.mean(correct)
     label = difficulty_label(accuracy, hard=hard, easy=easy)

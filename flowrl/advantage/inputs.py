@@ -7,11 +7,16 @@ the statistics, and counts as 0 where rewards are added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .blocks import by_rows
+
+_GREATEST = 2**31 - 1  # int32
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,13 @@ INPUTS: Mapping[str, Input] = {
     "weights": Input("[R]", "float", "weight of each reward channel"),
     "mask": Input("[B, T]", "bool", "steps at which the policy acted"),
     "step_reward": Input("[B, T]", "float", "reward given at each step, 0 on masked steps"),
+    "step_value": Input(
+        "[B, T]", "float", "value of the state after each step, the last one the outcome; NaN for none"
+    ),
+    "start_value": Input("[B]", "float", "value of the state before the first step, NaN for none"),
+    "step": Input("[B, T]", "int64", "index of each step in the whole schedule"),
+    "node": Input("[B, T]", "int64", "rows of a group with an equal id at a step share that transition"),
+    "seed_group": Input("[B]", "int64", "rows of a group with an equal id have the same start noise"),
     "trajectory": Input("[B]", "int64", "rows of one episode share an id"),
     "segment": Input("[B, T]", "int64", "turn, stage or block of a step: 0, 1, ... never decreasing, -1 outside"),
     "anchor": Input("[B, T]", "int64", "equal ids: the same state"),
@@ -155,9 +167,14 @@ def read_steps(name: str, x: Tensor, mask: Tensor, dtype: torch.dtype = torch.fl
     if x.shape != mask.shape or x.is_complex():
         raise ValueError(f"{name}: expected real {list(mask.shape)} like mask, got {x.dtype} {list(x.shape)}")
     kept = torch.where(mask, x.detach().to(dtype), 0.0)
-    if not bool(kept.isfinite().all()):
+    if not _all_finite(kept):
         raise ValueError(f"{name}: {int((~kept.isfinite()).sum())} unmasked steps are not finite")
     return kept
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Tell whether there is neither NaN nor infinity: both show in the least and the greatest value."""
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def read_step_reward(step_reward: Tensor, mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,6 +189,15 @@ def read_step_reward(step_reward: Tensor, mask: Tensor, dtype: torch.dtype = tor
             f"{list(step_reward.shape)}"
         )
     value = step_reward.detach().to(dtype)
+    kept = torch.where(mask, value, 0.0)
+    if not torch.equal(kept, value):  # a NaN somewhere, or a reward on a masked step
+        kept = _drop_nan(value, mask)
+    if not _all_finite(kept):
+        raise ValueError("step_reward: infinite values on unmasked steps")
+    return kept
+
+
+def _drop_nan(value: Tensor, mask: Tensor) -> Tensor:
     lost = ~mask & (value != 0) & ~value.isnan()
     if bool(lost.any()):
         row, step = (int(i) for i in lost.nonzero()[0])
@@ -182,30 +208,29 @@ def read_step_reward(step_reward: Tensor, mask: Tensor, dtype: torch.dtype = tor
     known = mask & ~value.isnan()
     if bool(mask.any()) and not bool(known.any()):
         raise ValueError("step_reward: every unmasked step is NaN; mask failed rewards instead")
-    kept = torch.where(known, value, 0.0)
-    if bool(kept.isinf().any()):
-        raise ValueError("step_reward: infinite values on unmasked steps")
-    return kept
+    return torch.where(known, value, 0.0)
 
 
-def read_rewards(rewards: Tensor, group: Tensor, valid: Tensor | None, channels: bool = False) -> tuple[Tensor, Tensor]:
+def read_rewards(
+    rewards: Tensor, group: Tensor | None, valid: Tensor | None, channels: bool = False
+) -> tuple[Tensor, Tensor]:
     """Check outcome rewards; return them as float64 and the bool mask of values that count, both in their shape.
 
-    rewards: [B], or [B, R] with ``channels``. Raises ValueError, naming the argument, for a wrong shape or dtype, an
-    infinite reward, an empty batch, or valid rewards that are all NaN.
+    rewards: [B], or [B, R] with ``channels``; group: None where the method has none. Raises ValueError, naming the
+    argument, for a wrong shape or dtype, an infinite reward, an empty batch, or valid rewards that are all NaN.
     """
     dims, wanted = (2, "[B, R]") if channels else (1, "[B]")
     if rewards.ndim != dims or rewards.numel() == 0:
         raise ValueError(f"rewards: expected {wanted} with at least one value, got {list(rewards.shape)}")
     if rewards.is_complex():
         raise ValueError(f"rewards: expected real numbers, got {rewards.dtype}")
-    if group.dtype != torch.int64 or group.shape != rewards.shape[:1]:
+    if group is not None and (group.dtype != torch.int64 or group.shape != rewards.shape[:1]):
         raise ValueError(
             f"group: expected int64 [{len(rewards)}], one id a reward, got {group.dtype} {list(group.shape)}"
         )
     if valid is None:
-        valid = torch.ones_like(group, dtype=torch.bool)
-    if valid.dtype != torch.bool or valid.shape != group.shape:
+        valid = torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
+    if valid.dtype != torch.bool or valid.shape != rewards.shape[:1]:
         raise ValueError(f"valid: expected bool [{len(rewards)}], got {valid.dtype} {list(valid.shape)}")
     value = rewards.detach().double()
     asked = valid[:, None].expand_as(value) if channels else valid
@@ -215,3 +240,76 @@ def read_rewards(rewards: Tensor, group: Tensor, valid: Tensor | None, channels:
     if bool(asked.any()) and not bool(mask.any()):
         raise ValueError("rewards: every valid sample is NaN; mark failed rewards with valid=False")
     return value, mask
+
+
+def read_rows(name: str, x: Tensor, counted: Tensor, lowest: float = -math.inf) -> Tensor:
+    """Return ``x`` detached as float64, 0 where ``counted`` (bool, [B] or a scalar) is False, whatever it held.
+
+    Raises ValueError unless it is real, of the shape of ``counted``, finite and >= ``lowest`` where it counts.
+    """
+    if x.shape != counted.shape or x.is_complex():
+        raise ValueError(f"{name}: expected real {list(counted.shape)}, got {x.dtype} {list(x.shape)}")
+    kept = torch.where(counted, x.detach().double(), 0.0)
+    wrong = ~kept.isfinite() | (counted & (kept < lowest))
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        bound = "" if lowest == -math.inf else f" and >= {lowest:g}"
+        place = f" at row {at[0]}" if at else ""
+        raise ValueError(f"{name}: expected finite values{bound} where they count, got {float(x[tuple(at)]):g}{place}")
+    return kept
+
+
+def read_segments(segment: Tensor, mask: Tensor, number: int | None = None, *, ordered: bool = True) -> Tensor:
+    """Return ``segment`` (int64 [B, T]) as int32 with -1 on masked steps, whatever they held.
+
+    Raises ValueError for another dtype or shape, an id below -1, one not below ``number`` (T by default), or, where
+    they are to be ``ordered``, one that is smaller than another before it in its row.
+    """
+    check_ids("segment", segment, tuple(mask.shape))
+    limit = mask.shape[1] if number is None else number
+
+    ends, doubtful = [], []
+
+    def read(segment: Tensor, mask: Tensor) -> tuple[Tensor]:
+        kept = torch.where(mask, segment, -1)
+        ends.append(torch.stack(torch.aminmax(kept)))
+        small = kept.clamp_(max=_GREATEST).int() if limit > _GREATEST else kept.int()
+        if ordered:  # a row that may not be in order: it falls from a step to the next, or goes on after a hole (-1)
+            before, after = small[:, :-1], small[:, 1:]
+            doubtful.append((((before > after) | (before < 0)) & (after >= 0)).any())
+        return (small,)
+
+    (kept,) = by_rows(read, segment, mask)
+    least, most = int(torch.stack(ends).min()), int(torch.stack(ends).max())
+    if least < -1 or most >= limit:
+        raise ValueError(f"segment: expected ids in -1 .. {limit - 1} on unmasked steps, got {least} .. {most}")
+    if any(doubtful):
+        falling = (kept >= 0) & (kept < kept.cummax(dim=1).values)
+        if bool(falling.any()):
+            row, step = (int(i) for i in falling.nonzero()[0])
+            raise ValueError(
+                f"segment: expected ids that never decrease along a row, but row {row} does at step {step}"
+            )
+    return kept
+
+
+def read_parts(name: str, x: Tensor, axes: str, group: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Check a row's several rewards; return them as float64, 0 where they do not count, and the mask of those that do.
+
+    axes: the shape that is asked for, such as "B, S". Raises ValueError, naming the argument, for another number of
+    axes, an empty or complex tensor, ids or flags that do not match, an infinite value, or valid rows of NaN alone.
+    """
+    if x.ndim != axes.count(",") + 1 or x.numel() == 0 or x.is_complex():
+        raise ValueError(f"{name}: expected real [{axes}], not empty, got {x.dtype} {list(x.shape)}")
+    check_ids("group", group, x.shape[:1])
+    asked = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
+    check_flags("valid", asked, x.shape[:1])
+    rows = asked.view(-1, *[1] * (x.ndim - 1))
+    value = x.detach().double()
+    known = rows & ~value.isnan()
+    value = torch.where(known, value, 0.0)
+    if bool(value.isinf().any()):
+        raise ValueError(f"{name}: infinite values among the valid rows")
+    if bool(asked.any()) and not bool(known.any()):
+        raise ValueError(f"{name}: every value of the valid rows is NaN; mark failed rows with valid=False")
+    return value, known

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .method import Method
 from .ratios import log_ratio, ratio, widen
 
@@ -117,8 +118,7 @@ def kl_estimate(
     """
     if name not in _UNLIMITED and name not in _LIMITED:
         raise ValueError(f"name: expected one of {', '.join((*_UNLIMITED, *_LIMITED))}, got {name!r}")
-    if not limit > 0:
-        raise ValueError(f"limit: expected a number > 0, got {limit}")
+    check_number("limit", limit, 0.0, strict=True, finite=False)
     if reference_log_prob.shape != log_prob.shape:
         raise ValueError(
             f"reference_log_prob: expected {list(log_prob.shape)} like log_prob, got {list(reference_log_prob.shape)}"

@@ -16,14 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
+from .checks import check_choice, check_number
 from .estimators import grpo
-from .inputs import check_ids, check_mask, read_rewards
+from .inputs import check_mask, read_rewards, read_segments
 from .method import Method
 from .moments import Reduce, total
 from .record import Advantage
-from .segments import Groups
+from .segments import Groups, group_any
 from .statistics import Singleton, check_policies, divide
-from .steps import reverse_scan, segment_gather
+from .steps import reverse_scan, segment_gather, spread_segments
 
 Scope = Literal["none", "group", "group_turn", "group_steps", "batch", "batch_steps"]
 SCOPES = ("none", "group", "group_turn", "group_steps", "batch", "batch_steps")
@@ -53,39 +55,6 @@ class Norm:
         check_policies(self.ddof, self.eps)
 
 
-def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
-def check_number(name: str, value: float, least: float = -math.inf) -> None:
-    """Raise ValueError unless ``value`` is finite and at least ``least``."""
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name}: expected a finite number >= {least}, got {value}")
-
-
-def read_segments(segment: Tensor, mask: Tensor, number: int | None = None) -> Tensor:
-    """Check ``segment`` (int64 [B, T]) and return it with -1 on masked steps.
-
-    Raises ValueError for another dtype or shape, an id below -1, one not below ``number`` (T by default), or one
-    smaller than that of the unmasked neighbour before it.
-    """
-    check_ids("segment", segment, tuple(mask.shape))
-    kept = torch.where(mask, segment, -1)
-    limit = mask.shape[1] if number is None else number
-    least, most = (int(x) for x in torch.aminmax(kept))
-    if least < -1 or most >= limit:
-        raise ValueError(f"segment: expected ids in -1 .. {limit - 1} on unmasked steps, got {least} .. {most}")
-    falling = (kept[:, 1:] < kept[:, :-1]) & (kept[:, 1:] >= 0)
-    if bool(falling.any()):
-        row, step = (int(i) for i in falling.nonzero()[0])
-        raise ValueError(
-            f"segment: expected ids that never decrease along a row, but row {row} does at step {step + 1}"
-        )
-    return kept
-
-
 def read_table(name: str, x: Tensor, rows: int, least: int = 1) -> Tensor:
     """Return ``x`` detached as float64, NaN (no value) kept.
 
@@ -102,8 +71,13 @@ def read_table(name: str, x: Tensor, rows: int, least: int = 1) -> Tensor:
 def count_steps(segment: Tensor, number: int) -> Tensor:
     """Count the steps of each segment: float64 [B, number]; -1 and ids from ``number`` on count nowhere."""
     width = max(int(segment.max()) + 1, number)
-    out = torch.zeros(len(segment), width + 1, device=segment.device)
-    return out.scatter_add_(1, segment + 1, out.new_ones(()).expand_as(segment))[:, 1 : number + 1].double()
+
+    def counted(segment: Tensor) -> tuple[Tensor]:
+        out = torch.zeros(len(segment), width + 1, device=segment.device)
+        out.scatter_add_(1, segment.long() + 1, out.new_ones(()).expand_as(segment))
+        return (out[:, 1 : number + 1].double(),)
+
+    return by_rows(counted, segment)[0]
 
 
 def _pools(shape: torch.Size, groups: Groups, scope: str) -> tuple[Tensor, int]:
@@ -152,13 +126,6 @@ def normalise(
     return torch.where(present & (varied & (size > 1))[key], out, 0.0)
 
 
-def spread_segments(table: Tensor, other: Tensor, segment: Tensor) -> Tensor:
-    """Give every step the value of its segment, ``other`` where it has none: [B, K], [B] -> float32 [B, T]."""
-    beyond = max(int(segment.max()) + 1 - table.shape[1], 0)
-    edge = other[:, None].float()
-    return torch.cat([edge, table.float(), edge.expand(-1, beyond)], dim=1).gather(1, segment + 1)
-
-
 def combine(
     outcome: Advantage,
     local: Tensor,
@@ -180,23 +147,25 @@ def combine(
     """
     check_number("coef", coef)
     norm = Norm("none") if norm is None else norm
-    kept = mask & outcome.loss_mask[:, None]
-    count = torch.ones_like(local, dtype=torch.float64)
-    if norm.scope != "none":
-        count = (
-            kept if segment is None else count_steps(segment, local.shape[1]) * outcome.loss_mask[:, None]
-        ).double()
-    groups = Groups.of(group)
-    term = normalise(local, torch.where(local.isnan(), 0.0, count), groups, norm, reduce=reduce)
-    table = outcome.advantage.double()[:, None] + coef * term
-    steps = table.float() if segment is None else spread_segments(table, outcome.advantage, segment)
-    moved = (kept & (steps != outcome.advantage[:, None])).any(dim=1)
+    kept = mask if bool(outcome.loss_mask.all()) else mask & outcome.loss_mask[:, None]
+    if norm.scope == "none":
+        term = torch.where(local.isnan(), 0.0, local)
+    else:
+        count = kept if segment is None else count_steps(segment, local.shape[1]) * outcome.loss_mask[:, None]
+        count = torch.where(local.isnan(), 0.0, count.double())
+        term = normalise(local, count, Groups.of(group), norm, reduce=reduce)
+    if segment is None:
+        steps = (outcome.advantage[:, None] + coef * term).float()
+        felt = (kept & (steps != outcome.advantage[:, None])).any(dim=1)
+    else:
+        table = outcome.advantage.double()[:, None] + coef * term
+        steps, felt = spread_segments(table, outcome.advantage, segment)
     return replace(
         outcome,
         advantage=torch.where(kept, steps, 0.0),
-        weight=kept * outcome.weight[:, None],
+        weight=torch.where(kept, outcome.weight[:, None], 0.0),
         loss_mask=kept,
-        live=outcome.live | (groups.max(moved) > 0),
+        live=outcome.live | group_any(felt & outcome.loss_mask, group),
     )
 
 
@@ -293,7 +262,7 @@ def a2tgpo(
     left = reverse_scan(tool.double(), 1.0).clamp(min=1)
     result = combine(outcome, reverse_scan(z, gamma, tool) / left.sqrt(), alpha, mask, group, segment)
     scale = torch.where(tool, 1.0 + clip_width * (2.0 * z.sigmoid() - 1.0), 1.0)
-    steps = spread_segments(scale, torch.ones_like(outcome.advantage), segment)
+    steps = spread_segments(scale, torch.ones_like(outcome.advantage), segment)[0]
     return replace(result, clip_scale=torch.where(result.loss_mask, steps, 0.0))
 
 
@@ -342,7 +311,7 @@ def capo_credit(
     table = torch.stack([right, right - penalty], dim=1)
     norm = Norm("group_steps", ddof=ddof, eps=eps)
     zero = replace(none, advantage=torch.zeros_like(none.advantage))
-    return combine(zero, table, 1.0, mask, group, torch.where(mask, wrong.long(), -1), norm=norm)
+    return combine(zero, table, 1.0, mask, group, torch.where(mask, wrong.int(), -1), norm=norm)
 
 
 _TESTS = "tests/advantage/test_local_terms.py::"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ratios import log_ratio
+from .ratios import log_ratio, widen
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,13 @@ def read_loss_inputs(
     d = log_ratio(kept, torch.where(mask, old_log_prob.detach(), 0.0))
     wide = advantage.detach().to(d.dtype)
     return kept.to(d.dtype), d, torch.where(mask, wide if wide.ndim == 2 else wide[:, None], 0.0)
+
+
+def read_live_steps(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """Return ``x`` in float32 or wider with its gradient, 0 on masked steps.
+
+    Raises ValueError unless it is floating [B, T] like ``mask``.
+    """
+    if x.shape != mask.shape or not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating {list(mask.shape)} like mask, got {x.dtype} {list(x.shape)}")
+    return widen(torch.where(mask, x, 0.0))

@@ -14,24 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .inputs import check_flags, check_ids, check_mask, read_rewards, read_steps
+from .blocks import by_rows
+from .checks import check_choice, check_share
+from .inputs import check_flags, check_mask, read_rewards, read_segments, read_steps
 from .method import Method
 from .moments import Reduce, batch_moments
 from .record import Advantage
-from .scans import backward_scan, check_choice, check_share, gae_scan, last_step, next_step, read_path, step_result
+from .scans import backward_scan, gae_scan, last_step, next_step, read_path
 from .segments import Groups
-from .statistics import check_policies, divide
-from .steps import group_step_moments, segment_gather, segment_reduce
-
-
-def check_segment(segment: Tensor, mask: Tensor) -> None:
-    """Raise ValueError unless ``segment`` is int64 [B, T] like ``mask``, below T and never decreasing in a row."""
-    check_ids("segment", segment, tuple(mask.shape))
-    if int(segment.max()) >= mask.shape[1] or bool(((segment >= 0) & (segment < segment.cummax(1).values)).any()):
-        raise ValueError(
-            f"segment: expected ids 0, 1, ... below {mask.shape[1]} that never decrease in a row (-1 outside), "
-            f"got a greatest id of {int(segment.max())}"
-        )
+from .statistics import check_policies, divide, step_result
+from .steps import segment_gather, segment_reduce
 
 
 def ma_rlhf(
@@ -62,7 +54,7 @@ def ma_rlhf(
     check_choice("pool", pool, ("equal", "last", "position"))
     check_choice("macro_reward", macro_reward, ("sum", "pooled"))
     check_mask(mask)
-    check_segment(segment, mask)
+    segment = read_segments(segment, mask)
     path = read_path(step_reward, mask & (segment >= 0))
     state = read_steps("value", value, path.kept)
     kept, count = path.kept, int(segment.max().clamp(min=0)) + 1
@@ -202,11 +194,9 @@ def mt_ppo(
     """
     check_share("gamma", gamma)
     check_share("lam", lam)
-    outcome, known = read_rewards(
-        rewards, torch.zeros(rewards.shape[:1], dtype=torch.int64, device=rewards.device), None
-    )
+    outcome, known = read_rewards(rewards, None, None)
     check_mask(mask, len(rewards))
-    check_segment(segment, mask)
+    segment = read_segments(segment, mask)
     kept = mask & known[:, None]
     per_turn = _read_stage_reward(stage_reward, segment, kept)
     following = next_step(kept)
@@ -261,28 +251,72 @@ def eapo(
     check_choice("pool", pool, ("group", "round", "none"))
     reward, known = read_rewards(rewards, group, None)
     check_mask(mask, len(rewards))
-    kept = mask & known[:, None]
-    order = kept.cumsum(1)
-    left = torch.where(kept, order[:, -1:] - order, 0).double()
-    x = torch.where(kept, gamma**left * reward[:, None], 0.0)
-    if pool == "none":
-        return step_result(x, kept, kept.any(1))
+    reward = torch.where(known, reward, 0.0)
+    kept = mask if bool(known.all()) else mask & known[:, None]
+    (left,) = by_rows(_rounds_left, kept)
+    power = gamma ** torch.arange(mask.shape[1], dtype=torch.float64, device=mask.device)
     if pool == "round":
-        rounds = mask.shape[1]
-        groups = Groups.of(group)
-        index = (groups.index[:, None] * rounds + (order - 1).clamp(min=0)).flatten()
-        size = x.new_zeros(groups.number * rounds).index_add_(0, index, kept.flatten().double())
-        pooled = Groups(index=index, number=len(size), valid=kept.flatten(), size=size)
-        flat = x.flatten()
-        live = ((pooled.max(flat) > pooled.min(flat)) & pooled.valid).view(mask.shape)
-        advantage = divide(flat - pooled.mean(flat), pooled.std(flat, ddof), eps).view(mask.shape)
-        return step_result(torch.where(live, advantage, 0.0), kept, live.any(1))
-    groups = Groups.of(group, kept.any(1))
-    mean, std, _ = group_step_moments(x, kept, groups, ddof)
-    top = torch.where(kept, x, -torch.inf).amax(1)
-    live = groups.max(top) > groups.min(torch.where(kept, x, torch.inf).amin(1))
-    advantage = torch.where(kept & live[:, None], divide(x - mean[:, None], std[:, None], eps), 0.0)
-    return replace(step_result(advantage, kept, live), group_mean=mean.float(), group_std=std.float())
+        x = torch.where(kept, power[left.long()] * reward[:, None], 0.0)
+        return _pooled_by_round(x, kept, group, ddof, eps)
+    number = kept.sum(1, dtype=torch.int32).long()
+    if pool == "none":
+        return step_result(_discounted(power, reward, left), kept, number > 0)
+    mean, std, live = _discounted_moments(power, number, reward, Groups.of(group, number > 0), ddof)
+    scale = torch.where(live & (std + eps > 0), 1 / (std + eps), 0.0)
+    advantage = _discounted(power, reward * scale, left, mean * scale)
+    result = step_result(advantage, kept, live)
+    return replace(result, group_mean=mean.float(), group_std=std.float())
+
+
+def _rounds_left(kept: Tensor) -> tuple[Tensor]:
+    """int32 [B, T]: how many unmasked steps come after each step."""
+    order = kept.cumsum(1, dtype=torch.int32)
+    return (order[:, -1:] - order,)
+
+
+def _discounted(power: Tensor, factor: Tensor, left: Tensor, shift: Tensor | None = None) -> Tensor:
+    """power[left] factor - shift: float32 [B, T]; power: float64 [T], factor, shift: float64 [B]."""
+
+    def discounted(left: Tensor, factor: Tensor, shift: Tensor) -> tuple[Tensor]:
+        at = left.clamp(max=len(power) - 1).flatten()  # a step before a row's first round may have T left
+        return ((power.index_select(0, at).view_as(left) * factor[:, None] - shift[:, None]).float(),)
+
+    return by_rows(discounted, left, factor, torch.zeros_like(factor) if shift is None else shift)[0]
+
+
+def _discounted_moments(
+    power: Tensor, number: Tensor, reward: Tensor, groups: Groups, ddof: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, deviation and signal of gamma^k R, k = 0 .. number - 1, over the rounds of a group's rows: [B] each."""
+    count = torch.arange(1, len(power) + 1, dtype=torch.float64, device=power.device)
+    average = power.cumsum(0) / count
+    before = torch.cat([average[:1], average[:-1]])
+    square = ((power - before) * (power - average)).cumsum(0)  # to the average, of the first n powers, for every n
+    last = (number - 1).clamp(min=0)
+    of_row, row_mean, row_square = number.double(), average[last] * reward, square[last] * reward.square()
+
+    def over_group(per_row: Tensor) -> Tensor:
+        return groups.gather(torch.zeros_like(groups.size).index_add_(0, groups.index, per_row))
+
+    count = over_group(of_row)
+    mean = over_group(of_row * row_mean) / count.clamp(min=1)
+    spread = over_group(row_square + of_row * (row_mean - mean).square())
+    ends = torch.stack([reward, reward * power[last]])
+    live = groups.max(ends.amax(0)) > groups.min(ends.amin(0))
+    return mean, (spread / (count - ddof).clamp(min=1)).sqrt(), live
+
+
+def _pooled_by_round(x: Tensor, kept: Tensor, group: Tensor, ddof: int, eps: float) -> Advantage:
+    """Standardise x (float64 [B, T]) over the rows of the group at the same round."""
+    rounds = x.shape[1]
+    groups = Groups.of(group)
+    index = (groups.index[:, None] * rounds + (kept.cumsum(1) - 1).clamp(min=0)).flatten()
+    size = x.new_zeros(groups.number * rounds).index_add_(0, index, kept.flatten().double())
+    pooled = Groups(index=index, number=len(size), valid=kept.flatten(), size=size)
+    flat = x.flatten()
+    live = ((pooled.max(flat) > pooled.min(flat)) & pooled.valid).view(x.shape)
+    advantage = divide(flat - pooled.mean(flat), pooled.std(flat, ddof), eps).view(x.shape)
+    return step_result(torch.where(live, advantage, 0.0), kept, live.any(1))
 
 
 def keep_even(mask: Tensor, uniform: Tensor, *, ranks: int) -> Tensor:

@@ -12,14 +12,14 @@ call, also those without a live group.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .inputs import check_flags, check_ids, read_rewards
+from .checks import check_number
+from .inputs import check_flags, check_ids, read_rewards, read_rows
 from .method import Method
 from .moments import Reduce, batch_moments, total
 from .record import Advantage
@@ -34,27 +34,6 @@ _MOST_EXPONENT = 500.0  # exp stays finite, also summed over any batch
 def per_group(groups: Groups, x: Tensor) -> Tensor:
     """Take one value of each group out of a gathered [B] statistic: float64 [P]."""
     return torch.full_like(groups.size, torch.nan).scatter_(0, groups.index, x.double())
-
-
-def check_number(name: str, number: float, least: float = -math.inf, open_end: bool = False) -> None:
-    """Raise ValueError unless ``number`` is finite and >= ``least`` (> ``least`` with ``open_end``)."""
-    if not math.isfinite(number) or number < least or (open_end and number == least):
-        bound = "" if least == -math.inf else f" {'>' if open_end else '>='} {least:g}"
-        raise ValueError(f"{name}: expected a finite number{bound}, got {number}")
-
-
-def read_rows(name: str, x: Tensor, counted: Tensor, least: float = -math.inf) -> Tensor:
-    """Return ``x`` ([B], real) detached as float64, 0 where ``counted`` (bool [B]) is False whatever it held.
-
-    Raises ValueError for another shape, or values that are not finite or below ``least`` where they count.
-    """
-    if x.shape != counted.shape or x.is_complex():
-        raise ValueError(f"{name}: expected real {list(counted.shape)}, got {x.dtype} {list(x.shape)}")
-    value = x.detach().double()
-    if bool((counted & ~(value.isfinite() & (value >= least))).any()):
-        bound = "" if least == -math.inf else f" and >= {least:g}"
-        raise ValueError(f"{name}: expected finite values{bound} where they count, got {x[counted].tolist()[:8]}")
-    return torch.where(counted, value, 0.0)
 
 
 def check_range(value: Tensor, counted: Tensor, low: float = 0.0, high: float = 1.0) -> None:
@@ -113,8 +92,8 @@ def bnpo(
     On denoising steps: the same; binarise or squash image scores to [0, 1] first, or take Lite PPO.
     """
     check_number("low", low)
-    check_number("high", high, low, open_end=True)
-    check_number("cap", cap, 0.0, open_end=True)
+    check_number("high", high, low, strict=True)
+    check_number("cap", cap, 0.0, strict=True)
     value, mask = read_rewards(rewards, group, valid, channels=rewards.ndim == 2)
     check_range(value, mask, low, high)
     rows = len(value)
@@ -195,7 +174,7 @@ def question_weight(rate: Tensor, live: Tensor, *, temperature: float = 2.0, red
     if rate.ndim != 1 or not rate.is_floating_point():
         raise ValueError(f"rate: expected floating [P], got {rate.dtype} {list(rate.shape)}")
     check_flags("live", live, tuple(rate.shape))
-    check_number("temperature", temperature, 0.0, open_end=True)
+    check_number("temperature", temperature, 0.0, strict=True)
     p = read_rows("rate", rate, live)
     first = total(torch.stack([live.double().sum(), p.sum()]), reduce)
     centre = first[1] / first[0].clamp(min=1)  # a common shift of all ranks, so that exp stays in range

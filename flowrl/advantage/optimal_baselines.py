@@ -7,14 +7,13 @@ are not explained here, and what a NaN reward means: see ``estimators``.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .baselines import read_rows
-from .inputs import check_ids, check_mask, read_rewards, read_step_reward, read_steps
+from .checks import check_number
+from .inputs import check_ids, check_mask, read_rewards, read_rows, read_step_reward, read_steps
 from .method import Method
 from .record import Advantage
 from .segments import Groups
@@ -85,8 +84,7 @@ def snr_lr(gradient_mean_square: Tensor, gradient_variance: Tensor, *, smoothnes
     1 / (2 L); no gradient at all: 0. OBLR-PO, 2511.23310; reconstructed: as ``optimal_baseline``. On denoising steps:
     the same, it sees the gradient alone.
     """
-    if not (math.isfinite(smoothness) and smoothness > 0):
-        raise ValueError(f"smoothness: expected a finite number > 0, got {smoothness}")
+    check_number("smoothness", smoothness, 0.0, strict=True)
     every = torch.ones_like(gradient_mean_square, dtype=torch.bool)
     signal = read_rows("gradient_mean_square", gradient_mean_square, every, lowest=0.0)
     noise = read_rows("gradient_variance", gradient_variance, every, lowest=0.0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_share
 from .inputs import read_rewards
 from .method import Method
 from .state import State
@@ -72,8 +73,7 @@ def igt_step(gradient: Tensor, state: MomentumState, *, eta: float = 0.1, step_s
 
 def harpg_point(state: MomentumState, uniform: float) -> Tensor:
     """Pick where the Hessian is taken: theta_prev + u (theta - theta_prev), float [D], u uniform in [0, 1]."""
-    if not 0 <= uniform <= 1:
-        raise ValueError(f"uniform: expected a number in [0, 1], got {uniform}")
+    check_share("uniform", uniform)
     return state.previous + uniform * (state.parameters - state.previous)
 
 

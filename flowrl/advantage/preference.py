@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .checks import check_number, check_share
 from .inputs import check_flags, check_ids, check_mask, read_steps
+from .loss_record import read_live_steps
 from .method import Method
 from .ratios import widen
 
@@ -31,11 +33,7 @@ class PairLoss:
 def _rows(log_prob: Tensor, reference_log_prob: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Check rows; return log_prob with its gradient and the reference without, both 0 on masked steps."""
     check_mask(mask)
-    if log_prob.shape != mask.shape or not log_prob.is_floating_point():
-        raise ValueError(
-            f"log_prob: expected floating {list(mask.shape)} like mask, got {log_prob.dtype} {list(log_prob.shape)}"
-        )
-    kept = widen(torch.where(mask, log_prob, 0.0))
+    kept = read_live_steps("log_prob", log_prob, mask)
     return kept, read_steps("reference_log_prob", reference_log_prob, mask, kept.dtype)
 
 
@@ -44,11 +42,6 @@ def _check_pairs(chosen: Tensor, rejected: Tensor, rows: int) -> None:
         check_ids(name, index, (chosen.numel(),))
         if not bool(((index >= 0) & (index < rows)).all()):
             raise ValueError(f"{name}: expected row indices 0 to {rows - 1}, got {index.tolist()[:8]}")
-
-
-def _check_beta(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta: expected a number > 0, got {beta}")
 
 
 def rpo(
@@ -70,7 +63,7 @@ def rpo(
 
     On denoising steps: Diffusion-DPO's margin from denoising losses, plus the denoising loss of the winner.
     """
-    _check_beta(beta)
+    check_number("beta", beta, 0.0, strict=True, finite=False)
     if not eta >= 0 or sft_reduce not in ("sum", "mean"):
         raise ValueError(f"eta, sft_reduce: expected >= 0 and sum or mean, got {eta} and {sft_reduce!r}")
     kept, reference = _rows(log_prob, reference_log_prob, mask)
@@ -113,9 +106,8 @@ def hypo(
 
     On denoising steps: the exact KL of Gaussian steps on fresh trajectories replaces the sampled term.
     """
-    _check_beta(beta)
-    if not coef >= 0:
-        raise ValueError(f"coef: expected a number >= 0, got {coef}")
+    check_number("beta", beta, 0.0, strict=True, finite=False)
+    check_number("coef", coef, 0.0, finite=False)
     kept, reference = _rows(log_prob, reference_log_prob, mask)
     _check_pairs(chosen, rejected, len(mask))
     policy, base = kept.sum(1), reference.sum(1)
@@ -149,8 +141,7 @@ def reset_lengths(length: Tensor, uniform: Tensor, *, probability: float = 1.0) 
         raise ValueError(f"length: expected whole numbers >= 0 [B], got {length.dtype} {list(length.shape)}")
     if uniform.shape != (len(length), 2) or not bool(((uniform >= 0) & (uniform < 1)).all()):
         raise ValueError(f"uniform: expected [{len(length)}, 2] in [0, 1), got {list(uniform.shape)}")
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability: expected a number in [0, 1], got {probability}")
+    check_share("probability", probability)
     size, draw = length.double(), uniform.double()
     return torch.where(draw[:, 0] < probability, (draw[:, 1] * size).floor(), 0.0).long()
 

@@ -6,14 +6,17 @@ What the methods share (a NaN reward, steps outside every segment, masked steps,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
+from .checks import check_choice, check_number
 from .estimators import dr_grpo, grpo, rloo
-from .inputs import check_flags, check_ids, check_mask, read_rewards, read_steps
-from .local_terms import Norm, check_choice, check_number, combine, count_steps, normalise, read_segments, read_table
+from .inputs import check_flags, check_ids, check_mask, read_rewards, read_segments, read_steps
+from .local_terms import Norm, combine, count_steps, normalise, read_table
 from .method import Method
 from .record import Advantage
 from .segments import Groups
@@ -118,9 +121,9 @@ def oprl(
 
 
 def _log_ratio(name: str, log_prob: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-    """Check both and return ``log_prob`` (called ``name``) - old_log_prob: float64 [B, T], 0 on masked steps."""
+    """Check both and return ``log_prob`` (called ``name``) - old_log_prob: [B, T], 0 on masked steps."""
     wide = torch.promote_types(torch.promote_types(log_prob.dtype, other.dtype), torch.float32)
-    return (read_steps(name, log_prob, mask, wide) - read_steps("old_log_prob", other, mask, wide)).double()
+    return read_steps(name, log_prob, mask, wide) - read_steps("old_log_prob", other, mask, wide)
 
 
 def oprl_pair_loss(
@@ -210,20 +213,28 @@ def prl(
     On denoising steps: as it is; the KL of a transition in closed form has less variance than the sampled log-ratio:
     pass it as old_log_prob, with zeros as reference_log_prob.
     """
-    if not eta > 0:
-        raise ValueError(f"eta: expected a number > 0, got {eta}")
+    check_number("eta", eta, 0.0, strict=True, finite=False)
     if block < 1:
         raise ValueError(f"block: expected at least one step, got {block}")
     outcome = grpo(rewards, group, valid, ddof=ddof, eps=eps, singleton=singleton)
     check_mask(mask, len(group))
     ahead = reverse_scan(-_log_ratio("reference_log_prob", reference_log_prob, old_log_prob, mask), 1.0)
     if segment is None:
-        position = mask.cumsum(dim=1, dtype=torch.int32) - 1
-        segment = torch.where(mask, position // block, -1).long()
+        segment = by_rows(_blocks_of(block), mask)[0]
     else:
         segment = read_segments(segment, mask)
     at_end = segment_reduce(ahead, segment, mask, "last")
     return combine(outcome, at_end, 0.0 if math.isinf(eta) else -1.0 / eta, mask, group, segment)
+
+
+def _blocks_of(block: int) -> Callable[[Tensor], tuple[Tensor]]:
+    """Number every ``block`` unmasked steps of a row one segment: bool [B, T] -> int32 [B, T], -1 on masked ones."""
+
+    def numbered(mask: Tensor) -> tuple[Tensor]:
+        position = mask.cumsum(dim=1, dtype=torch.int32).sub_(1)
+        return (torch.where(mask, position.div_(block, rounding_mode="floor"), -1),)
+
+    return numbered
 
 
 def prorag(

@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .inputs import check_flags, read_rewards
+from .checks import check_number
+from .inputs import check_flags, read_rewards, read_rows
 from .method import Method
-from .normalisation import check_number, per_group, read_rows
+from .normalisation import per_group
 from .segments import Groups
 from .state import State
 from .streams import add_by_slot, check_slots

@@ -45,7 +45,7 @@ class Advantage:
             )
         if self.advantage.ndim == 2:
             return self
-        kept = mask & self.loss_mask[:, None]
+        kept = mask if bool(self.loss_mask.all()) else mask & self.loss_mask[:, None]
 
         def spread(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.where(mask, x[:, None], torch.zeros_like(x[:, None]))

@@ -7,21 +7,21 @@ finite on unmasked steps, and options out of range.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_number, check_share
 from .inputs import check_flags, check_mask, read_rewards, read_step_reward, read_steps
 from .method import Method
 from .ratios import widen
-from .scans import check_choice, check_share, gae_scan
+from .scans import gae_scan
 
 
 def _read_outcome(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Outcome float64 [B], NaN as 0, and the rows that have one and an unmasked step."""
-    value, known = read_rewards(rewards, torch.zeros(rewards.shape[:1], dtype=torch.int64, device=rewards.device), None)
+    value, known = read_rewards(rewards, None, None)
     check_mask(mask, len(rewards))
     return torch.where(known, value, 0.0), known & mask.any(1)
 
@@ -44,8 +44,7 @@ def lare(
     steps: rhat from features of x0_hat at each timestep (scores of reward models).
     """
     check_choice("correction", correction, ("shift", "scale"))
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    check_number("eps", eps, 0.0)
     outcome, known = _read_outcome(rewards, mask)
     proxy = read_steps("proxy_reward", proxy_reward, mask, torch.float64)
     total = proxy.sum(1)
@@ -128,8 +127,7 @@ def calm(step_reward: Tensor, subgoal_end: Tensor, mask: Tensor, *, bonus: float
     (``potential_shaping`` cannot). Source: 2409.12798, reconstructed from the abstract: the size of the bonus was not
     seen. On denoising steps: a subgoal ends where a rule on x0_hat first holds (layout settled, text readable).
     """
-    if not math.isfinite(bonus):
-        raise ValueError(f"bonus: expected a finite number, got {bonus}")
+    check_number("bonus", bonus)
     check_mask(mask)
     check_flags("subgoal_end", subgoal_end, tuple(mask.shape))
     lost = subgoal_end & ~mask
@@ -146,8 +144,7 @@ def implicit_step_reward(log_prob: Tensor, reference_log_prob: Tensor, mask: Ten
     float [B, T]; mask: bool [B, T]; beta > 0, that of the preference loss. Source: 2404.12358 (the claim is the
     abstract's, the algebra that of DPO). On denoising steps: the same with log-probs of Gaussian transitions.
     """
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta: expected a finite number > 0, got {beta}")
+    check_number("beta", beta, 0.0, strict=True)
     check_mask(mask)
     policy = read_steps("log_prob", log_prob, mask, torch.float64)
     reference = read_steps("reference_log_prob", reference_log_prob, mask, torch.float64)

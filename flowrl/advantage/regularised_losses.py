@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_ids, check_mask, read_rewards, read_steps
-from .loss_record import PolicyLoss, read_loss_inputs
+from .loss_record import PolicyLoss, read_live_steps, read_loss_inputs
 from .method import Method
 from .moments import Reduce, batch_moments
 from .ratios import log_ratio, widen
@@ -24,13 +25,6 @@ from .segments import Groups
 from .state import State
 from .statistics import divide
 from .steps import group_step_moments
-
-
-def _read_live_steps(name: str, x: Tensor, like: Tensor, mask: Tensor) -> Tensor:
-    """Return ``x`` in the dtype of ``like`` with its gradient, 0 on masked steps."""
-    if x.shape != mask.shape or not x.is_floating_point():
-        raise ValueError(f"{name}: expected floating {list(mask.shape)} like mask, got {x.dtype} {list(x.shape)}")
-    return torch.where(mask, x, 0.0).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -42,8 +36,7 @@ class R2VPOState(State):
     @classmethod
     def start(cls, multiplier: float = 0.5) -> R2VPOState:
         """Build the state; raises ValueError for a negative multiplier."""
-        if not multiplier >= 0:
-            raise ValueError(f"multiplier: expected a number >= 0, got {multiplier}")
+        check_number("multiplier", multiplier, 0.0, finite=False)
         return cls(torch.tensor(multiplier, dtype=torch.float64))
 
 
@@ -71,12 +64,13 @@ def r2vpo(
     On denoising steps: as is, or with ``gaussian_ratio_variance`` as ratio_variance, whose expectation has no
     sampling noise.
     """
-    if not multiplier >= 0:
-        raise ValueError(f"multiplier: expected a number >= 0, got {multiplier}")
+    check_number("multiplier", multiplier, 0.0, finite=False)
     _, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     rho = d.exp()
     spread = (
-        (rho - 1).square() if ratio_variance is None else _read_live_steps("ratio_variance", ratio_variance, d, mask)
+        (rho - 1).square()
+        if ratio_variance is None
+        else read_live_steps("ratio_variance", ratio_variance, mask).to(d.dtype)
     )
     weight = multiplier if state is None else state.multiplier.detach().to(d)
     return PolicyLoss(loss=weight * spread - rho * a)
@@ -150,15 +144,10 @@ def forward_kl_reweighted(
     phi = 1 is the plain forward KL; to second order in log u it is k2.
     """
     check_mask(mask)
-    if log_prob.shape != mask.shape or not log_prob.is_floating_point():
-        raise ValueError(
-            f"log_prob: expected floating {list(mask.shape)} like mask, got {log_prob.dtype} {list(log_prob.shape)}"
-        )
     if trust.shape != mask.shape[:1] or not bool(((trust >= 0) & (trust <= 1)).all()):
         raise ValueError(f"trust: expected [{len(mask)}] in [0, 1], got {list(trust.shape)}")
-    if not limit > 0:
-        raise ValueError(f"limit: expected a number > 0, got {limit}")
-    kept = widen(torch.where(mask, log_prob, 0.0))
+    check_number("limit", limit, 0.0, strict=True, finite=False)
+    kept = read_live_steps("log_prob", log_prob, mask)
     reference = read_steps("reference_log_prob", reference_log_prob, mask, kept.dtype)
     log_u = (trust.detach().to(kept)[:, None] * reference - kept).clamp(-limit, limit)
     if group is not None:
@@ -191,8 +180,7 @@ def rapo(
     On denoising steps: the plain forward KL of two Gaussians of one deviation is their reverse KL; only the trust, a
     temperature on the reference, adds something. Log-densities are not bounded, so give ``group``.
     """
-    if not coef >= 0:
-        raise ValueError(f"coef: expected a number >= 0, got {coef}")
+    check_number("coef", coef, 0.0, finite=False)
     _, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     kl = forward_kl_reweighted(log_prob, reference_log_prob, mask, trust, group, limit=limit)
     return PolicyLoss(loss=coef * kl - d.exp() * a)

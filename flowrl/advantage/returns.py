@@ -11,19 +11,19 @@ finite on unmasked steps, and options out of range.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_number, check_share
 from .inputs import check_flags, check_ids, check_mask, read_rewards, read_steps
 from .method import Method
-from .moments import Reduce, masked_whiten
+from .moments import Reduce, masked_whiten, weighted_moments
 from .record import Advantage
-from .scans import backward_scan, check_choice, check_share, gae_scan, last_step, read_path, step_result
-from .statistics import Singleton, check_policies, group_statistics
+from .scans import backward_scan, decayed_scan, gae_scan, last_step, read_path
+from .statistics import Singleton, check_policies, group_statistics, step_result
 
 
 def _check_whitening(ddof: int, eps: float) -> None:
@@ -206,18 +206,18 @@ def reinforce_pp(
     check_share("gamma", gamma)
     _check_whitening(ddof, eps)
     check_choice("holes", holes, ("skip", "reset"))
-    if not (math.isfinite(kl_coef) and kl_coef >= 0):
-        raise ValueError(f"kl_coef: expected a finite number >= 0, got {kl_coef}")
+    check_number("kl_coef", kl_coef, 0.0)
     path = read_path(step_reward, mask)
     reward = path.reward
     if kl_coef > 0:
         if old_log_prob is None or reference_log_prob is None:
             raise ValueError("kl_coef: above 0 it needs old_log_prob and reference_log_prob")
-        old = read_steps("old_log_prob", old_log_prob, path.kept, torch.float64)
+        old = read_steps("old_log_prob", old_log_prob, path.kept)
         reward = reward - kl_coef * (old - read_steps("reference_log_prob", reference_log_prob, path.kept))
-    over = 1.0 if holes == "skip" else 0.0
-    factor = torch.full(mask.shape, over, dtype=torch.float64, device=mask.device).masked_fill_(mask, gamma)
-    raw = torch.where(path.kept, backward_scan(reward, factor), 0.0)
+    if holes == "skip":
+        raw = decayed_scan(reward, gamma, path.kept)
+    else:
+        raw = torch.where(path.kept, backward_scan(reward, gamma * path.kept.float()), 0.0)
     advantage = masked_whiten(raw, path.kept, ddof=ddof, eps=eps, reduce=reduce) if whiten else raw
     return step_result(advantage, path.kept, path.live, returns=raw)
 
@@ -255,16 +255,13 @@ def reinforce_pp_baseline(
     reward, known = read_rewards(rewards, group, valid)
     check_mask(mask, len(rewards))
     s = group_statistics(reward, group, known, ddof, singleton)
-    kept = mask & known[:, None]
-    if unit == "step":
-        advantage = masked_whiten(s.centred[:, None].expand_as(mask), kept, ddof=ddof, eps=eps, reduce=reduce)
-    else:
-        row = masked_whiten(s.centred, kept.any(1), ddof=ddof, eps=eps, reduce=reduce)
-        advantage = torch.where(kept, row[:, None], 0.0)
+    kept = mask if bool(known.all()) else mask & known[:, None]
+    data = kept.sum(1, dtype=torch.int32) if unit == "step" else kept.any(1)  # of a row, whose steps have one value
+    mean, std = weighted_moments(s.centred, data.double(), ddof=ddof, reduce=reduce)
+    row = (s.centred - mean) * (std.square() + eps).rsqrt()
     if dead == "zero":
-        advantage = torch.where(s.live[:, None], advantage, 0.0)
-    result = step_result(advantage, kept, s.live)
-    return replace(result, group_mean=s.mean.float(), group_std=s.std.float())
+        row = torch.where(s.live, row, 0.0)
+    return step_result(row.float()[:, None], kept, s.live, statistics=s)
 
 
 _TESTS = "tests/advantage/test_returns.py::"

@@ -1,4 +1,4 @@
-"""Backward scans over steps, and what the methods that use them share: reading steps, closing the record.
+"""Backward scans over steps, and how the methods that use them read their steps.
 
 One Python loop over steps works on all rows at a time, in float64, on blocks of columns turned into rows so that they
 stay in the cache; a scan allocates its result and a few blocks. The next step is the next unmasked one: what is carried
@@ -7,14 +7,12 @@ backwards passes through a hole of the mask (text of a tool, deterministic solve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .inputs import check_mask, read_step_reward
-from .record import Advantage
 
 _BLOCK = 64  # columns turned at a time
 
@@ -33,20 +31,15 @@ def read_path(step_reward: Tensor, mask: Tensor) -> Path:
     """Check step rewards and mask, and leave out rows without an unmasked step or with NaN on all of them."""
     check_mask(mask)
     reward = read_step_reward(step_reward, mask)
+    if bool(step_reward.sum().isfinite()):  # no NaN: no row is left out
+        return Path(reward=reward, kept=mask, live=mask.any(1))
     live = (mask & ~step_reward.isnan()).any(1)
     return Path(reward=reward, kept=mask & live[:, None], live=live)
 
 
-def check_share(name: str, x: float) -> None:
-    """Raise ValueError unless ``x`` is a number in [0, 1]."""
-    if not 0 <= x <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
-
-
-def check_choice(name: str, choice: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``choice`` is one of ``known``."""
-    if choice not in known:
-        raise ValueError(f"{name}: expected one of {known}, got {choice!r}")
+def _turned(x: Tensor) -> Tensor:
+    """[B, T] -> contiguous [T, B]; a part of a tensor is copied first, which is the faster way to turn it."""
+    return x.contiguous().t().contiguous()
 
 
 def last_step(mask: Tensor) -> Tensor:
@@ -61,12 +54,6 @@ def next_step(mask: Tensor) -> Tensor:
     position = torch.arange(steps, device=mask.device)
     here = torch.where(mask, position, steps).flip(1).cummin(1).values.flip(1)
     return torch.cat([here[:, 1:], torch.full_like(here[:, :1], steps)], dim=1)
-
-
-def _as_rows(x: Tensor, part: slice) -> Tensor:
-    """Copy some columns of [B, T] into the rows of a contiguous float64 tensor."""
-    turned = x[:, part].t()
-    return torch.empty(turned.shape, dtype=torch.float64, device=x.device).copy_(turned)
 
 
 def _run_back(x: Tensor, factor: Tensor, carried: Tensor) -> Tensor:
@@ -85,10 +72,43 @@ def backward_scan(x: Tensor, factor: Tensor) -> Tensor:
     carried = y.new_zeros(len(x))
     for stop in range(x.shape[1], 0, -_BLOCK):
         part = slice(max(0, stop - _BLOCK), stop)
-        rows = _as_rows(x, part)
-        carried = _run_back(rows, _as_rows(factor, part), carried)
+        rows = _turned(x[:, part]).double()
+        carried = _run_back(rows, _turned(factor[:, part]).double(), carried)
         y[:, part] = rows.t()
     return y
+
+
+def decayed_scan(
+    x: Tensor,
+    decay: float,
+    mask: Tensor,
+    value: Tensor | None = None,
+    gamma: float = 1.0,
+    after: Tensor | None = None,
+) -> Tensor:
+    """Accumulate backwards over unmasked steps: y_t = x_t + decay y_next + (gamma v_next - v_t); [B, T] like ``x``.
+
+    The bracket is there where ``value`` (v, real [B, T]) is. ``after``: real [B], v after the last unmasked step, zeros
+    by default. 0 on masked steps, whatever they held. Nothing is checked.
+    """
+    carried = torch.zeros(len(x), dtype=torch.float64, device=x.device)  # decay y_next + gamma v_next
+    if after is not None:
+        carried = gamma * after.double()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for stop in range(x.shape[1], 0, -_BLOCK):
+        part = slice(max(0, stop - _BLOCK), stop)
+        here = _turned(mask[:, part])
+        y, ahead = torch.where(here, _turned(x[:, part]), 0.0).double(), None
+        if value is not None:
+            ahead = torch.where(here, _turned(value[:, part]), 0.0).double()
+            y, ahead = y.sub_(ahead), ahead.mul_(gamma)
+        share = here.double()
+        for t in range(len(y) - 1, -1, -1):
+            now = y[t].add_(carried)
+            passed = now * decay if ahead is None else torch.add(ahead[t], now, alpha=decay)
+            carried = carried.lerp(passed, share[t])  # a masked step hands on what it was given
+        out[:, part] = y.mul_(share).t()
+    return out
 
 
 def gae_scan(
@@ -98,37 +118,4 @@ def gae_scan(
 
     after: [B], value of the state after the last unmasked step, zeros by default.
     """
-    out = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
-    carried = torch.zeros(len(reward), dtype=torch.float64, device=reward.device)
-    ahead = carried if after is None else after.double()
-    for stop in range(reward.shape[1], 0, -_BLOCK):
-        part = slice(max(0, stop - _BLOCK), stop)
-        hole = ~mask[:, part].t().contiguous()
-        state = _as_rows(value, part).masked_fill_(hole, 0.0)
-        following = torch.cat([state, ahead[None]])  # becomes the value of the first unmasked state at or after a step
-        ahead = _run_back(following[:-1], hole.double(), ahead)
-        delta = _as_rows(reward, part).add_(following[1:], alpha=gamma).sub_(state).masked_fill_(hole, 0.0)
-        share = torch.full_like(delta, gamma * lam).masked_fill_(hole, 1.0)
-        carried = _run_back(delta, share, carried).clone()
-        out[:, part] = delta.masked_fill_(hole, 0.0).t()
-    return out
-
-
-def step_result(
-    advantage: Tensor,
-    kept: Tensor,
-    live: Tensor,
-    returns: Tensor | None = None,
-    critic_mask: Tensor | None = None,
-    channels: Mapping[str, Tensor] | None = None,
-) -> Advantage:
-    """Build the record of a [B, T] method that trains the steps of ``kept`` with weight 1."""
-    return Advantage(
-        advantage=advantage.float(),
-        weight=kept.float(),
-        loss_mask=kept,
-        live=live,
-        returns=None if returns is None else returns.float(),
-        critic_mask=critic_mask,
-        channels=channels or {},
-    )
+    return decayed_scan(reward.float(), gamma * lam, mask, value, gamma, after)

@@ -117,6 +117,11 @@ def group_std(x: Tensor, group: Tensor, valid: Tensor | None = None, ddof: int =
     return _like(x, _checked(x, group, valid).std(x, ddof))
 
 
+def group_any(flag: Tensor, group: Tensor) -> Tensor:
+    """Tell every row whether ``flag`` (bool [B]) holds for a row of its group (int64 [B]): bool [B]."""
+    return Groups.of(group).max(flag.double()) > 0
+
+
 def group_min(x: Tensor, group: Tensor, valid: Tensor | None = None) -> Tensor:
     """Take the least ``x`` (floating [B]) of each member's group: [B]."""
     return _like(x, _checked(x, group, valid).min(x))

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_share
 from .inputs import check_mask, read_rewards, read_steps
 from .method import Method
 from .moments import Reduce, total
@@ -22,16 +23,6 @@ from .segments import Groups
 Level = Literal["batch", "group"]
 Filtration = Literal["pow", "max_min", "max_random"]
 _TIE = 1e-12  # variances closer than this, relative, are one and the same
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: expected a number in (0, 1], got {value}")
 
 
 def _portion(size: Tensor, fraction: float) -> Tensor:
@@ -117,7 +108,7 @@ def max_variance_subset(
     several splits tie, the one with the fewest low rewards wins; among equal rewards, the earlier row is the lower.
     number >= the batch keeps everything. On denoising steps: as it is, rows are images.
     """
-    _check_fraction("fraction", fraction)
+    check_share("fraction", fraction, strict=True)
     if number is not None and number < 1:
         raise ValueError(f"number: expected at least 1, got {number}")
     value, groups = _read(rewards, group, valid)
@@ -135,8 +126,8 @@ def step_topk(
     On denoising steps: the entropy of a step with fixed noise says nothing; pass its noise level, or the spread of
     rewards after branching there.
     """
-    _check_fraction("fraction", fraction)
-    _check_choice("per", per, ("batch", "row"))
+    check_share("fraction", fraction, strict=True)
+    check_choice("per", per, ("batch", "row"))
     check_mask(mask)
     score = _row_or_step(advantage, mask).abs() * read_steps("entropy", entropy, mask)
     flat, kept = (score.flatten()[None], mask.flatten()[None]) if per == "batch" else (score, mask)
@@ -175,7 +166,7 @@ def d3s(
     D3S, 2509.22115. With both fractions 1 it is ``mask`` itself (without rows of NaN). See ``max_variance_subset``
     and ``step_topk``. On denoising steps: as ``step_topk``.
     """
-    _check_choice("level", level, ("batch", "group"))
+    check_choice("level", level, ("batch", "group"))
     check_mask(mask)
     if level == "group" and group is None:
         raise ValueError("group: level 'group' needs int64 [B], got None")
@@ -233,7 +224,7 @@ def pf_ppo(
 
     PF-PPO, 2409.06957; verl has the batch form, power 2, and resamples. On denoising steps: as it is, one weight a row.
     """
-    _check_choice("kind", kind, ("pow", "max_min", "max_random"))
+    check_choice("kind", kind, ("pow", "max_min", "max_random"))
     if not (math.isfinite(power) and power >= 0 and math.isfinite(floor) and floor >= 0):
         raise ValueError(f"power, floor: expected finite numbers >= 0, got {power} and {floor}")
     if reduce is not None and kind != "pow" and group is None:

@@ -15,12 +15,12 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_mask, read_steps
 from .loss_record import PolicyLoss, read_loss_inputs
 from .method import Method
 from .moments import Reduce, batch_moments
 from .policy_loss import clipped, clipped_high, clipped_low
-from .weighted_losses import check_number
 
 
 def _row_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def gspo(
 
     On denoising steps: natural for one reward a trajectory; the mean over steps asks for a small range.
     """
-    check_number("limit", limit)
+    check_number("limit", limit, 0.0)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     ratio = sequence_ratio(lp, d, mask, limit)
     return PolicyLoss(
@@ -84,8 +84,8 @@ def gmpo(
 
     On denoising steps: as it is.
     """
-    check_number("low", low)
-    check_number("high", high)
+    check_number("low", low, 0.0)
+    check_number("high", high, 0.0)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     log_ratio = d.detach()
     at_low, at_high = (a < 0) & (log_ratio < -low), (a > 0) & (log_ratio > high)
@@ -146,7 +146,7 @@ def vespo(
     On denoising steps: W over all latent elements is degenerate; take log-probs that are means over the dimensions.
     """
     for name, number in (("k_pos", k_pos), ("lambda_pos", lambda_pos), ("k_neg", k_neg), ("lambda_neg", lambda_neg)):
-        check_number(name, number)
+        check_number(name, number, 0.0)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     log_w = d.detach().sum(1, keepdim=True).clamp(math.log(1e-8), 20.0)
 

@@ -17,14 +17,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .credit import check_choice, drop_rounding, group_any, read_parts, read_segments, step_result
+from .checks import check_choice, check_number, check_share
 from .estimators import grpo
-from .inputs import check_flags, check_mask, read_rewards, read_steps
+from .inputs import check_flags, check_mask, read_parts, read_rewards, read_segments, read_steps
 from .method import Method
 from .record import Advantage
-from .segments import Groups
-from .statistics import Singleton, check_policies, divide, group_statistics
-from .steps import segment_gather
+from .segments import Groups, group_any
+from .statistics import Singleton, check_policies, divide, drop_rounding, group_statistics, step_result
+from .steps import known_steps
 
 
 def _column_mean(x: Tensor, known: Tensor, group: Tensor) -> Tensor:
@@ -73,12 +73,11 @@ def rubricem(
     On denoising steps: stages are blocks of steps, rewards (layout, content, detail) judged on predicted clean images.
     """
     check_policies(ddof, eps, singleton)
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
+    check_share("decay", decay)
     value, known = read_parts("stage_reward", stage_reward, "B, S", group, valid)
     rows, stages = value.shape
     check_mask(mask, rows)
-    segment = read_segments(segment, mask, stages)
+    segment = read_segments(segment, mask, stages, ordered=False)
     matrix = _stage_matrix(stage_matrix, decay, stages, value)
     total = value @ matrix.T
     known = known.double() @ (matrix != 0).double().T > 0
@@ -86,9 +85,8 @@ def rubricem(
     s = group_statistics(total.flatten(), pair.flatten(), known.flatten(), ddof, singleton)
     centred = drop_rounding(s.centred, s.groups.max(s.value.abs()))
     advantage = divide(centred, s.scale, eps).view(rows, stages)
-    kept = segment_gather(known, segment)
-    live = group_any(centred.view(rows, stages).any(dim=1), group)
-    return step_result(segment_gather(advantage.float(), segment), kept, live)
+    steps, kept, _ = known_steps(torch.where(known, advantage, torch.nan), segment)
+    return step_result(steps, kept, group_any(centred.view(rows, stages).any(dim=1), group))
 
 
 Budgets = Literal["uniform", "linear", "base"]
@@ -163,7 +161,7 @@ def brpo(
     check_choice("baseline", baseline, ("mixed", "history", "group", "none"))
     value, known = read_parts("answer_reward", answer_reward, "B, S, Q", group, valid)
     check_mask(mask, len(value))
-    segment = read_segments(segment, mask, value.shape[1])
+    segment = read_segments(segment, mask, value.shape[1], ordered=False)
     chance = _budget_probability(budget_probability, budgets, value.shape[1], value)
     score = value.sum(dim=2) / known.sum(dim=2).clamp(min=1)
     advantage, has = _thinking(score, known.any(dim=2), chance, group, baseline)
@@ -171,7 +169,8 @@ def brpo(
     summary = torch.where(known, value - mean[..., None], 0.0)
     summary = drop_rounding(summary, torch.maximum(value.abs(), mean.abs()[..., None]))
     live = group_any((has & (advantage != 0)).any(dim=1), group)
-    out = step_result(segment_gather(advantage.float(), segment), segment_gather(has, segment), live)
+    steps, kept, _ = known_steps(torch.where(has, advantage, torch.nan), segment)
+    out = step_result(steps, kept, live)
     return replace(out, channels={"thinking": out.advantage, "summary": summary.float()})
 
 
@@ -219,20 +218,19 @@ def grpo_vps(
     On denoising steps: C is a reward of the predicted clean image at block borders (any real number).
     """
     check_policies(singleton=singleton)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    check_number("alpha", alpha)
     value, known = read_rewards(rewards, group, valid)
     check_mask(mask, len(value))
     if confidence.ndim != 2 or len(confidence) != len(value) or confidence.shape[1] < 2:
         raise ValueError(f"confidence: expected [{len(value)}, S + 1] with S >= 1, got {list(confidence.shape)}")
-    segment = read_segments(segment, mask, confidence.shape[1] - 1)
+    segment = read_segments(segment, mask, confidence.shape[1] - 1, ordered=False)
     if bool((known[:, None] & confidence.isinf()).any()):
         raise ValueError("confidence: infinite values among the valid rows")
     s = group_statistics(value, group, known, 0, singleton)
-    local = alpha * segment_gather(confidence.detach().double().diff(dim=1).nan_to_num(nan=0.0), segment)
-    kept = (segment >= 0) & known[:, None]
-    live = s.live | group_any((kept & (local != 0)).any(dim=1), group)
-    return step_result(s.centred[:, None] + local, kept, live, statistics=s)
+    rise = alpha * confidence.detach().double().diff(dim=1).nan_to_num(nan=0.0)
+    steps, kept, moved = known_steps(torch.where(known[:, None], rise, torch.nan), segment)
+    steps = steps.add_(s.centred.float()[:, None])
+    return step_result(steps, kept, s.live | group_any(moved, group), statistics=s)
 
 
 def full_rollout(

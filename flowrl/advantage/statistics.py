@@ -1,18 +1,20 @@
-"""The stages that group estimators share: statistics and baseline, division, closing the record."""
+"""The stages that estimators share: statistics and baseline, division, closing the record."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .record import Advantage
 from .segments import Groups
 
 Singleton = Literal["zero", "raw"]
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ def check_policies(ddof: int = 0, eps: float = 0.0, singleton: str = "zero") -> 
     """Raise ValueError for a numeric policy out of range; see ``estimators``."""
     if ddof not in (0, 1):
         raise ValueError(f"ddof: expected 0 or 1, got {ddof}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    check_number("eps", eps, 0.0)
     if singleton not in ("zero", "raw"):
         raise ValueError(f"singleton: expected 'zero' or 'raw', got {singleton!r}")
 
@@ -66,6 +67,11 @@ def divide(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.where(divisor > 0, x / torch.where(divisor > 0, divisor, 1.0), 0.0)
 
 
+def drop_rounding(x: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x`` with 0 where it is no more than rounding of numbers as large as ``scale`` (1e-12 relative)."""
+    return torch.where(x.abs() <= _ROUNDING * scale, 0.0, x)
+
+
 def group_result(advantage: Tensor, mask: Tensor, live: Tensor, mean: Tensor, std: Tensor) -> Advantage:
     """Close a [B] estimate: zeros where masked or without signal, float32, weight 1 on what counts."""
     return Advantage(
@@ -75,4 +81,29 @@ def group_result(advantage: Tensor, mask: Tensor, live: Tensor, mean: Tensor, st
         live=live,
         group_mean=mean.float(),
         group_std=std.float(),
+    )
+
+
+def step_result(
+    advantage: Tensor,
+    kept: Tensor,
+    live: Tensor,
+    returns: Tensor | None = None,
+    critic_mask: Tensor | None = None,
+    channels: Mapping[str, Tensor] | None = None,
+    *,
+    weight: Tensor | None = None,
+    statistics: GroupStatistics | None = None,
+) -> Advantage:
+    """Close a [B, T] estimate that trains the steps of ``kept``: float32, zeros outside them, weight 1 on them."""
+    return Advantage(
+        advantage=torch.where(kept, advantage, 0.0).float(),
+        weight=kept.float() if weight is None else torch.where(kept, weight, 0.0).float(),
+        loss_mask=kept,
+        live=live,
+        group_mean=None if statistics is None else statistics.mean.float(),
+        group_std=None if statistics is None else statistics.std.float(),
+        returns=None if returns is None else returns.float(),
+        critic_mask=critic_mask,
+        channels=channels or {},
     )

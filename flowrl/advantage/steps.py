@@ -11,39 +11,90 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
+from .moments import row_moments
+from .scans import decayed_scan
 from .segments import Groups
 
 How = Literal["sum", "mean", "first", "last"]
 
 
 def segment_reduce(x: Tensor, segment: Tensor, mask: Tensor, how: How = "sum", number: int | None = None) -> Tensor:
-    """Reduce the unmasked steps of each segment of each row: [B, T] -> [B, S], in the dtype of ``x``.
+    """Reduce the unmasked steps of each segment of each row: [B, T] -> [B, S], sums and means in float64.
 
     S is ``number``, or the greatest segment id + 1. A segment without an unmasked step gives 0.
     """
     count = max(1, int(segment.max()) + 1) if number is None else number
-    inside = mask & (segment >= 0)
-    index = torch.where(inside, segment, count)  # one column more, thrown away, takes what is outside
-    out = x.new_zeros(len(x), count + 1)
-    if how in ("sum", "mean"):
-        out.scatter_add_(1, index, torch.where(inside, x, 0.0))
+
+    def reduced(x: Tensor, segment: Tensor, mask: Tensor) -> tuple[Tensor]:
+        inside = mask & (segment >= 0)
+        index = torch.where(inside, segment, count).long()  # one column more, thrown away, takes what is outside
+        if how in ("first", "last"):
+            return (_end_of_segment(x, index, count, how == "first"),)
+        out = torch.zeros(len(x), count + 1, dtype=torch.float64, device=x.device)
+        out.scatter_add_(1, index, torch.where(inside, x, 0.0).double())
         if how == "mean":
-            size = torch.zeros_like(out).scatter_add_(1, index, inside.to(x.dtype))
-            out = out / size.clamp(min=1)
-    else:
-        position = torch.arange(x.shape[1], device=x.device).expand_as(segment)
-        first = how == "first"
-        start = x.shape[1] if first else -1
-        at = torch.full_like(out, start, dtype=torch.int64)
-        at.scatter_reduce_(1, index, position, reduce="amin" if first else "amax")
-        found = (at >= 0) & (at < x.shape[1])
-        out = torch.where(found, x.gather(1, at.clamp(0, x.shape[1] - 1)), 0.0)
-    return out[:, :count]
+            out = out / torch.zeros_like(out).scatter_add_(1, index, inside.double()).clamp(min=1)
+        return (out[:, :count],)
+
+    return by_rows(reduced, x, segment, mask)[0]
+
+
+def _end_of_segment(x: Tensor, index: Tensor, count: int, first: bool) -> Tensor:
+    """Value at the first or last step of each of ``count`` segments of a row, 0 for a segment without steps."""
+    steps = x.shape[1]
+    position = torch.arange(steps, device=x.device).expand_as(index)
+    at = torch.full((len(x), count + 1), steps if first else -1, dtype=torch.int64, device=x.device)
+    at = at.scatter_reduce_(1, index, position, reduce="amin" if first else "amax")[:, :count]
+    return torch.where((at >= 0) & (at < steps), x.gather(1, at.clamp(0, steps - 1)), 0.0)
 
 
 def segment_gather(per_segment: Tensor, segment: Tensor) -> Tensor:
     """Give every step the value of its segment: [B, S] -> [B, T], 0 outside (segment -1)."""
-    return torch.where(segment >= 0, per_segment.gather(1, segment.clamp(min=0)), torch.zeros_like(per_segment[:, :1]))
+    table = torch.cat([torch.zeros_like(per_segment[:, :1]), per_segment], dim=1)
+
+    def gathered(segment: Tensor, table: Tensor) -> tuple[Tensor]:
+        return (table.gather(1, segment.long() + 1),)
+
+    return by_rows(gathered, segment, table)[0]
+
+
+def spread_segments(table: Tensor, outside: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every step the value of its segment, ``outside`` where it has none or one from S on: float32 [B, T].
+
+    table: real [B, S]; outside: real [B]; segment: int [B, T], -1 or more. Also bool [B]: whether a step of the row has
+    another value than ``outside``. Nothing may be NaN.
+    """
+    edge = outside.detach().float()[:, None]
+    beyond = max(int(segment.max()) + 1 - table.shape[1], 0)
+    columns = torch.cat([edge, table.float(), edge.expand(-1, beyond)], dim=1)
+
+    def spread(segment: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        value = columns.gather(1, segment.long() + 1)
+        least, most = torch.aminmax(value, dim=1)
+        return value, (least != columns[:, 0]) | (most != columns[:, 0])
+
+    value, felt = by_rows(spread, segment, columns)
+    return value, felt
+
+
+def known_steps(table: Tensor, segment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give every step the value of its segment, where there is one: float32 [B, T], 0 elsewhere, and bool [B, T].
+
+    table: real [B, S], NaN for a segment without a value; segment: int [B, T], -1 .. S - 1. Also bool [B]: whether a
+    step of the row has a value other than 0.
+    """
+    columns = torch.cat([torch.full_like(table[:, :1], torch.nan), table], dim=1).float()
+
+    def gathered(segment: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = columns.gather(1, segment.long() + 1)
+        known = value == value
+        value.nan_to_num_(nan=0.0)
+        least, most = torch.aminmax(value, dim=1)
+        return value, known, (least != 0) | (most != 0)
+
+    value, known, felt = by_rows(gathered, segment, columns)
+    return value, known, felt
 
 
 def boundaries_to_segments(boundary: Tensor) -> Tensor:
@@ -53,17 +104,15 @@ def boundaries_to_segments(boundary: Tensor) -> Tensor:
 
 def reverse_scan(x: Tensor, decay: float, mask: Tensor | None = None) -> Tensor:
     """Accumulate backwards: y_t = x_t + decay y_next, where next is the next unmasked step; [B, T], 0 on masked ones."""
-    kept = x if mask is None else torch.where(mask, x, 0.0)
-    if decay == 1.0:
-        y = kept.flip(1).cumsum(1).flip(1)
-    else:
-        columns, carried = list(kept.unbind(1)), torch.zeros_like(kept[:, 0])
-        for t in range(len(columns) - 1, -1, -1):
-            now = columns[t] + decay * carried
-            carried = now if mask is None else torch.where(mask[:, t], now, carried)
-            columns[t] = now
-        y = torch.stack(columns, dim=1)
-    return y if mask is None else torch.where(mask, y, 0.0)
+    if decay != 1.0:
+        shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        return decayed_scan(x, decay, shown)
+
+    def scanned(x: Tensor, *mask: Tensor) -> tuple[Tensor]:
+        y = (torch.where(mask[0], x, 0.0) if mask else x).flip(1).cumsum(1, dtype=torch.float64).flip(1).to(x.dtype)
+        return (torch.where(mask[0], y, 0.0) if mask else y,)
+
+    return by_rows(scanned, x, *(() if mask is None else (mask,)))[0]
 
 
 def fill_from_next(x: Tensor, boundary: Tensor) -> Tensor:
@@ -79,13 +128,12 @@ def group_step_moments(x: Tensor, mask: Tensor, groups: Groups, ddof: int = 0) -
 
     Long rows weigh more. A group without an unmasked step has mean and deviation 0.
     """
-    wide = torch.where(mask, x.double(), 0.0)
+    of_row, row_mean, row_square = row_moments(x, mask)
 
     def over_group(per_row: Tensor) -> Tensor:
-        zero = torch.zeros(groups.number, dtype=torch.float64, device=x.device)
-        return groups.gather(zero.index_add_(0, groups.index, per_row))
+        return groups.gather(torch.zeros_like(groups.size).index_add_(0, groups.index, per_row))
 
-    count = over_group(mask.sum(1).double())
-    mean = over_group(wide.sum(1)) / count.clamp(min=1)
-    square = over_group(torch.where(mask, wide - mean[:, None], 0.0).square().sum(1))
+    count = over_group(of_row)
+    mean = over_group(of_row * row_mean) / count.clamp(min=1)
+    square = over_group(row_square + of_row * (row_mean - mean).square())
     return mean, (square / (count - ddof).clamp(min=1)).sqrt(), count

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .inputs import check_ids, check_mask, read_rewards, read_steps
+from .checks import check_number
+from .inputs import check_ids, check_mask, read_rewards, read_rows, read_steps
 from .method import Method
 from .moments import Reduce, batch_moments
-from .normalisation import check_number, check_range, per_group, read_rows
+from .normalisation import check_range, per_group
 from .record import Advantage
 from .segments import Groups
 from .state import State
@@ -157,7 +158,7 @@ def spo_update(
     count. rho_min = rho_max = 1 is exact Beta-Bernoulli counting; at a fixed rho, alpha + beta tends to 1 / (1 - rho).
     SPO, 2509.13232. On denoising steps: the same. Raises ValueError as the module says, and for a repeated slot.
     """
-    check_number("half", half, 0.0, open_end=True)
+    check_number("half", half, 0.0, strict=True)
     if not 0 < rho_min <= rho_max <= 1:
         raise ValueError(f"rho_min, rho_max: expected 0 < rho_min <= rho_max <= 1, got {rho_min}, {rho_max}")
     value, mask = read_unit_rewards(rewards, slot, valid, len(state.alpha))

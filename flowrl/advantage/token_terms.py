@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .estimators import grpo
 from .inputs import check_ids, check_mask, read_steps
-from .local_terms import check_number, combine
+from .local_terms import combine
 from .method import Method
 from .record import Advantage
 from .segments import Groups

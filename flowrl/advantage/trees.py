@@ -20,14 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .credit import check_choice, drop_rounding, read_segments, step_result
-from .inputs import check_flags, check_mask, read_rewards, read_steps
+from .checks import check_choice, check_share
+from .inputs import check_flags, check_mask, read_rewards, read_segments, read_steps
 from .method import Method
 from .moments import Reduce, masked_whiten
 from .record import Advantage
 from .segments import Groups
-from .statistics import check_policies, divide, group_statistics
-from .steps import boundaries_to_segments, segment_gather
+from .statistics import check_policies, divide, drop_rounding, group_statistics, step_result
+from .steps import boundaries_to_segments, known_steps, segment_gather
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ def _below(mask: Tensor, old_log_prob: Tensor | None, max_probability: float) ->
 
     Raises ValueError where old_log_prob is needed and missing, or a density (above 0).
     """
-    if not 0 < max_probability <= 1:
-        raise ValueError(f"max_probability: expected a number in (0, 1], got {max_probability}")
+    check_share("max_probability", max_probability, strict=True)
     if max_probability == 1:
         return mask
     if old_log_prob is None:
@@ -130,10 +129,10 @@ def _below(mask: Tensor, old_log_prob: Tensor | None, max_probability: float) ->
     return mask & (log_prob < math.log(max_probability))
 
 
-def _unsure(mask: Tensor, old_log_prob: Tensor | None, max_probability: float) -> Tensor:
-    """``_below``, but every step of a row that has none."""
+def _unsure(kept: Tensor, mask: Tensor, old_log_prob: Tensor | None, max_probability: float) -> Tensor:
+    """Leave in ``kept`` the steps that ``_below`` finds; every step of a row in which it finds none."""
     below = _below(mask, old_log_prob, max_probability)
-    return torch.where(below.any(dim=1, keepdim=True), below, mask)
+    return kept if below is mask else kept & torch.where(below.any(dim=1, keepdim=True), below, mask)
 
 
 def spo_tree(
@@ -174,17 +173,16 @@ def spo_tree(
         raise ValueError(f"progress, best_of: expected a finite number and one >= 1, got {progress} and {best_of}")
     value, known = _read_tree(rewards, node_path, valid)
     check_mask(mask, len(value))
-    segment = read_segments(segment, mask, node_path.shape[1])
+    segment = read_segments(segment, mask, node_path.shape[1], ordered=False)
     edges, _ = _climb(value, known, node_path)
     gain = torch.stack([_edge_advantage(e, mode, eps, progress, best_of)[e.index] for e in edges], dim=1)
     leaves = torch.stack([e.leaves[e.index] for e in edges], dim=1)
-    advantage = segment_gather(gain.float(), segment)
-    kept = (segment >= 0) & known[:, None]
-    if drop_zero:
-        kept = kept & (advantage != 0)
-    kept = kept & _unsure(mask, old_log_prob, max_probability)
+    trained = known[:, None] & (gain.float() != 0) if drop_zero else known[:, None]
+    advantage, kept, _ = known_steps(torch.where(trained, gain, torch.nan), segment)
+    kept = _unsure(kept, mask, old_log_prob, max_probability)
     s = group_statistics(value, node_path[:, 0], known, 0, "zero")
-    return step_result(advantage, kept, s.live, segment_gather(1 / leaves.clamp(min=1).float(), segment), s)
+    weight = segment_gather(1 / leaves.clamp(min=1).float(), segment)
+    return step_result(advantage, kept, s.live, weight=weight, statistics=s)
 
 
 def spo_cuts(
@@ -223,7 +221,7 @@ def _read_segment_value(
     check_mask(mask)
     if segment_value.ndim != 2 or len(segment_value) != len(mask) or segment_value.shape[1] < 2:
         raise ValueError(f"segment_value: expected [{len(mask)}, S + 1] with S >= 1, got {list(segment_value.shape)}")
-    segment = read_segments(segment, mask, segment_value.shape[1] - 1)
+    segment = read_segments(segment, mask, segment_value.shape[1] - 1, ordered=False)
     asked = torch.ones_like(mask[:, 0]) if valid is None else valid
     check_flags("valid", asked, (len(mask),))
     value = torch.where(asked[:, None], segment_value.detach().double(), torch.nan)
@@ -270,10 +268,8 @@ def spo_chain(
     check_policies(ddof=ddof, eps=eps)
     value, segment = _read_segment_value(segment_value, segment, mask, valid)
     gain = value.diff(dim=1)
-    advantage = segment_gather(gain, segment)
-    kept = ~advantage.isnan() & (segment >= 0)
-    live = (kept & (advantage != 0)).any(dim=1)
-    kept = kept & _unsure(mask, old_log_prob, max_probability)
+    advantage, kept, live = known_steps(gain, segment)
+    kept = _unsure(kept, mask, old_log_prob, max_probability)
     if whiten:
         advantage = masked_whiten(advantage, kept, ddof=ddof, eps=eps, reduce=reduce)
     return step_result(advantage, kept, live)
@@ -306,7 +302,7 @@ def grpo_ma(
     check_policies(ddof, eps)
     value, known = _read_tree(rewards, node_path, valid, levels=2)
     check_mask(mask, len(value))
-    segment = read_segments(segment, mask, torch.iinfo(torch.int64).max)
+    segment = read_segments(segment, mask, torch.iinfo(torch.int64).max, ordered=False)
     (thoughts, answers), _ = _climb(value, known, node_path[:, :2])
     s = group_statistics(value, node_path[:, 0], known, ddof, "zero")
     scale = s.groups.max(value.abs())
@@ -317,9 +313,10 @@ def grpo_ma(
     answer = divide(drop_rounding(value - baseline, scale), s.scale, eps)
     sizes = torch.stack([mates.count()[thoughts.index] * thoughts.leaves[thoughts.index], s.groups.count().double()], 1)
     part = segment.clamp(max=1)
-    kept = (part >= 0) & known[:, None]
-    advantage = segment_gather(torch.stack([thought, answer], dim=1).float(), part)
-    return step_result(advantage, kept, s.live, segment_gather(1 / sizes.clamp(min=1).float(), part), s)
+    gain = torch.where(known[:, None], torch.stack([thought, answer], dim=1), torch.nan)
+    advantage, kept, _ = known_steps(gain, part)
+    weight = segment_gather(1 / sizes.clamp(min=1).float(), part)
+    return step_result(advantage, kept, s.live, weight=weight, statistics=s)
 
 
 _TESTS = "tests/advantage/test_trees.py::"

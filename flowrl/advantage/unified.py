@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number, check_share
 from .inputs import check_flags, check_ids, check_mask, read_steps
 from .loss_record import PolicyLoss, read_loss_inputs
 from .method import Method
@@ -73,8 +74,7 @@ def upge(
     """
     if denominator not in ("old", "self", "sequence", "one", "shaped"):
         raise ValueError(f"denominator: expected old, self, sequence, one or shaped, got {denominator!r}")
-    if not shape > 0:
-        raise ValueError(f"shape: expected a number > 0, got {shape}")
+    check_number("shape", shape, 0.0, strict=True, finite=False)
     kept, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     if stable is not None:
         check_flags("stable", stable, tuple(mask.shape))
@@ -111,8 +111,7 @@ def hpt(
 
     On denoising steps: the same, with the denoising loss on a reference image as supervision.
     """
-    if not (0 <= gate <= 1):
-        raise ValueError(f"gate: expected a number in [0, 1], got {gate}")
+    check_share("gate", gate)
     groups = _known_rows(correct, group, valid)
     reinforced = groups.mean(correct.double()) > gate
     return BranchWeights(reinforced.float() * reinforce_coef, (~reinforced).float() * supervise_coef)
@@ -183,8 +182,7 @@ def srpo_routed(
     On denoising steps: the teacher is the model conditioned on a winning image; for H, the teacher's spread of x0
     predictions.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta: expected a number >= 0, got {beta}")
+    check_number("beta", beta, 0.0, finite=False)
     distill = route_mask(correct, group, valid)
     check_mask(mask, len(correct))
     routed = mask & distill[:, None]
@@ -213,8 +211,7 @@ def scope_weights(
     released scripts turn the student's sign round ("code"). normalise: weights of a branch add up to 1 ("sum1") or to
     its size ("mean1", the released code). A branch of one row has 1; tau -> infinity is uniform.
     """
-    if not tau > 0:
-        raise ValueError(f"tau: expected a number > 0, got {tau}")
+    check_number("tau", tau, 0.0, strict=True, finite=False)
     if direction not in ("paper", "code") or normalise not in ("sum1", "mean1"):
         raise ValueError(
             f"direction, normalise: expected paper or code, and sum1 or mean1, got {direction!r} and {normalise!r}"

@@ -15,17 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .inputs import check_flags, read_steps
 from .loss_record import PolicyLoss, read_loss_inputs
 from .method import Method
 from .moments import Reduce, batch_moments, total
 from .policy_loss import clipped, clipped_high, clipped_low
-
-
-def check_number(name: str, value: float, least: float = 0.0, strict: bool = False) -> None:
-    """Raise ValueError unless ``value`` is finite and >= ``least`` (> with ``strict``)."""
-    if not (math.isfinite(value) and (value > least if strict else value >= least)):
-        raise ValueError(f"{name}: expected a finite number {'>' if strict else '>='} {least:g}, got {value}")
 
 
 def read_probability(name: str, log_prob: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,8 +54,8 @@ def dcpo_bounds(old_prob: Tensor, *, low: float = 0.16, high: float = 0.2, cap: 
     lower = 1/2 + sqrt(max(1 - 4 low / q, 0)) / 2 and upper = min(1/2 + sqrt(1 + 4 high / q) / 2, cap), for q in [0, 1].
     They solve |rho - 1| rho q <= low or high. q = 0 gives (1/2, cap). DCPO, 2509.02333; repository lime-RL/DCPO.
     """
-    check_number("low", low, strict=True)
-    check_number("high", high, strict=True)
+    check_number("low", low, 0.0, strict=True)
+    check_number("high", high, 0.0, strict=True)
     check_number("cap", cap, 1.0, strict=True)
     if not bool(((old_prob >= 0) & (old_prob <= 1)).all()):
         raise ValueError("old_prob: expected probabilities in [0, 1]")
@@ -87,9 +82,9 @@ def cispo(
 
     On denoising steps: as it is; the value holds a log-density, the gradient is what counts.
     """
-    check_number("high", high)
+    check_number("high", high, 0.0)
     if low is not None:
-        check_number("low", low)
+        check_number("low", low, 0.0)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     ratio = d.detach().exp()
     lower = -math.inf if low is None else 1.0 - low
@@ -115,8 +110,8 @@ def sapo(
 
     On denoising steps: as it is; tau grows by the number of dimensions where the ratio is one of dimension means.
     """
-    check_number("tau_pos", tau_pos, strict=True)
-    check_number("tau_neg", tau_neg, strict=True)
+    check_number("tau_pos", tau_pos, 0.0, strict=True)
+    check_number("tau_neg", tau_neg, 0.0, strict=True)
     _, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     tau = torch.where(a > 0, torch.full_like(a, tau_pos), tau_neg)
     return PolicyLoss(loss=-a * (4.0 / tau) * (tau * (d.exp() - 1.0)).sigmoid())
@@ -153,9 +148,9 @@ def dppo(
     """
     if kind not in ("tv", "kl"):
         raise ValueError(f"kind: expected 'tv' or 'kl', got {kind!r}")
-    check_number("low", low)
-    check_number("high", high)
-    check_number("cap", cap, strict=True)
+    check_number("low", low, 0.0)
+    check_number("high", high, 0.0)
+    check_number("cap", cap, 0.0, strict=True)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     if divergence is not None:
         distance = read_steps("divergence", divergence, mask, d.dtype)
@@ -180,7 +175,7 @@ def dro(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor,
 
     On denoising steps: as it is.
     """
-    check_number("beta", beta, strict=True)
+    check_number("beta", beta, 0.0, strict=True)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     return PolicyLoss(loss=-(a * lp - beta / 2 * d.square()))
 
@@ -226,8 +221,8 @@ def clip_cov(
 
     On denoising steps: as it is, though a step of fixed sigma has a constant entropy to protect.
     """
-    check_number("share", share)
-    check_number("cov_low", cov_low, -math.inf)
+    check_number("share", share, 0.0)
+    check_number("cov_low", cov_low)
     check_number("cov_high", cov_high, cov_low)
     high = low if high is None else high
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
@@ -260,8 +255,8 @@ def kl_cov(
 
     On denoising steps: as it is; the exact KL of the Gaussians would do the same without the sign.
     """
-    check_number("share", share)
-    check_number("coef", coef)
+    check_number("share", share, 0.0)
+    check_number("coef", coef, 0.0)
     lp, d, a = read_loss_inputs(log_prob, old_log_prob, advantage, mask)
     cov = _covariance(lp, a, mask, reduce)
     held = _first(torch.where(mask, -cov, torch.inf), share, mask)
@@ -287,8 +282,8 @@ def ess_lr(
 
     On denoising steps: the weight of a row is the product of its steps' ratios, or their mean in log space.
     """
-    check_number("lr", lr)
-    check_number("reference", reference, strict=True)
+    check_number("lr", lr, 0.0)
+    check_number("reference", reference, 0.0, strict=True)
     if importance.ndim != 1 or importance.numel() == 0 or not importance.is_floating_point():
         raise ValueError(f"importance: expected floating [B], got {importance.dtype} {list(importance.shape)}")
     if valid is None:

@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .baselines import read_rows
+from .checks import check_number
 from .estimators import dr_grpo, grpo, rloo
-from .inputs import check_flags, check_ids, check_mask, read_rewards, read_steps
+from .inputs import check_flags, check_ids, check_mask, read_rewards, read_rows, read_steps
 from .method import Method
 from .moments import Reduce, batch_moments
 from .record import Advantage
 from .segments import Groups
-from .statistics import Singleton, check_policies, group_statistics
+from .statistics import Singleton, check_policies, group_statistics, step_result
 from .steps import fill_from_next, segment_gather, segment_reduce
 
 Base = Literal["grpo", "dr_grpo", "rloo"]
@@ -96,8 +96,7 @@ def modulate_by_entropy(
     start = spread_advantage(advantage, mask)
     level = read_steps("entropy", entropy, mask, torch.float64)
     for name, number in (("k", k), ("k_future", k_future), ("zeta", zeta)):
-        if not math.isfinite(number):
-            raise ValueError(f"{name}: expected a finite number, got {number}")
+        check_number(name, number)
     if entropy_range is not None and not entropy_range[0] <= entropy_range[1]:
         raise ValueError(f"entropy_range: expected (least, greatest), got {entropy_range}")
     coefficients = (k, k_future, zeta)
@@ -218,16 +217,9 @@ def r3l(
         perfect = counted & (value >= max_reward)
         scaled = torch.where(perfect, 1.0 if max_rule == "code" else alpha, scaled)
         live = live | (s.groups.max(perfect.double()) > 0)
-    after = torch.arange(mask.shape[1], device=mask.device) >= pivot[:, None]
-    trained = mask & after & counted[:, None]
-    return Advantage(
-        advantage=torch.where(trained, scaled[:, None], 0.0).float(),
-        weight=trained.float(),
-        loss_mask=trained,
-        live=live,
-        group_mean=s.mean.float(),
-        group_std=s.std.float(),
-    )
+    first = torch.where(counted, pivot, mask.shape[1])  # a row without a value is not trained
+    trained = mask & (torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32) >= first.int()[:, None])
+    return step_result(scaled.float()[:, None], trained, live, statistics=s)
 
 
 def intervention(mask: Tensor, pivot: Tensor, intervened: Tensor, segment: Tensor | None = None) -> Tensor:
@@ -262,8 +254,7 @@ def duration(cost: Tensor, valid: Tensor | None = None, *, power: float = 1.0, r
     """
     if cost.ndim != 1 or len(cost) == 0:
         raise ValueError(f"cost: expected [B] with B >= 1, got {list(cost.shape)}")
-    if not math.isfinite(power):
-        raise ValueError(f"power: expected a finite number, got {power}")
+    check_number("power", power)
     counted = torch.ones_like(cost, dtype=torch.bool) if valid is None else valid
     check_flags("valid", counted, tuple(cost.shape))
     mass = torch.where(counted, read_rows("cost", cost, counted, lowest=0.0).pow(power), 0.0)

@@ -5,7 +5,7 @@
 """
 
 from flowrl.config.dialect import ConfigError
-from flowrl.config.load import from_mapping, load, recipes, replace
+from flowrl.config.load import from_mapping, load, load_as, recipes, replace
 from flowrl.config.render import config_hash, to_mapping, to_yaml
 from flowrl.config.schema import Config
 from flowrl.config.validate import check, validate
@@ -17,6 +17,7 @@ __all__ = [
     "config_hash",
     "from_mapping",
     "load",
+    "load_as",
     "recipes",
     "replace",
     "to_mapping",

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from flowrl.advantage import Method
 
 # What training/credit.py hands to an estimator, and training/losses.py to a policy loss.
-SUPPLIED = frozenset({"rewards", "group", "valid", "weights", "mask", "step_reward", "trajectory", "length", "cost"})
+SUPPLIED = frozenset({
+    "rewards", "group", "valid", "weights", "mask", "step_reward", "trajectory", "length", "cost", "step", "node",
+    "seed_group", "old_log_prob",
+})  # fmt: skip
+VALUES = frozenset({"step_value", "start_value"})
+"""What ``credit.values`` adds."""
 LOSS_INPUTS = frozenset({"log_prob", "old_log_prob", "advantage", "mask"})
 # Optional inputs that stand in for a probability: a denoising step has a density, which is not one.
 SUBSTITUTES = {"dcpo_dynamic": "old_prob", "dppo": "divergence"}
@@ -33,17 +38,25 @@ def problems(config: Config) -> Iterator[str]:
     """Say what is wrong with ``advantage`` and ``objective.loss``, one line each."""
     a, o = config.advantage, config.objective
     if a.name not in _PLAIN or a.options:
-        yield from _of("estimator", "advantage", "advantage.name", a.name, "advantage.options", a.options, SUPPLIED)
-    if o.loss not in ("", "ppo") or o.loss_options:
         yield from _of(
-            "policy_loss",
-            "policy_loss",
-            "objective.loss",
-            loss_name(o),
-            "objective.loss_options",
-            o.loss_options,
-            LOSS_INPUTS,
+            "estimator", "advantage", "advantage.name", a.name, "advantage.options", a.options, SUPPLIED | VALUES
         )
+    name = "" if o.name not in registry.names("objective") else loss_name(o)
+    if name in registry.SURROGATES:
+        yield from _options(name, registry.resolve("surrogate", name), "objective.loss_options", o.loss_options)
+    elif name and (name != "ppo" or o.loss_options):
+        yield from _of(
+            "policy_loss", "policy_loss", "objective.loss", name, "objective.loss_options", o.loss_options, LOSS_INPUTS
+        )
+
+
+def _options(name: str, call: Callable[..., Any], key: str, options: Mapping[str, Any]) -> Iterator[str]:
+    from flowrl.advantage.pipeline import check_options
+
+    try:
+        check_options(name, call, options)
+    except ValueError as error:
+        yield f"{key}: {error}"
 
 
 def _of(
@@ -56,7 +69,6 @@ def _of(
     supplied: frozenset[str],
 ) -> Iterator[str]:
     from flowrl.advantage.catalogue import METHODS
-    from flowrl.advantage.pipeline import check_options
 
     known = {m.key: m for m in METHODS if m.kind == kind}
     if name not in known:
@@ -69,10 +81,7 @@ def _of(
     if refusal:
         yield f"{name_key}: {refusal}"
         return
-    try:
-        check_options(name, method.call, options)
-    except ValueError as error:
-        yield f"{option_key}: {error}"
+    yield from _options(name, method.call, option_key, options)
 
 
 def refused(method: Method, call: Callable[..., Any], supplied: frozenset[str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flowrl.config.build import build, found, leaves, nearest
 from flowrl.config.dialect import ConfigError, Document, KeyPath, parse
@@ -17,10 +17,15 @@ from flowrl.config.render import to_mapping, to_plain
 from flowrl.config.schema import Config
 from flowrl.errors import UserError
 
+Schema = TypeVar("Schema")
+# Recipes of a schema other than Config begin with its family.
+FAMILIES = ("text_",)
 
-def recipes() -> list[str]:
-    """Name the shipped recipes, sorted."""
-    return sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))
+
+def recipes(family: str = "") -> list[str]:
+    """Name the shipped recipes of a family (one of FAMILIES, or "" for those of Config), sorted."""
+    names = sorted(item.name.removesuffix(".yaml") for item in _shipped().iterdir() if item.name.endswith(".yaml"))
+    return [name for name in names if (name.startswith(family) if family else not name.startswith(FAMILIES))]
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -31,18 +36,29 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     YAML, and ``rewards.0.weight=2`` reaches into a list. Raises UserError for a source that cannot be read, and
     ConfigError with all unknown keys, wrong types and bad overrides at once. Checks across fields are ``validate``'s.
     """
+    return load_as(Config, source, overrides)
+
+
+def load_as(
+    schema: type[Schema], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), family: str = ""
+) -> Schema:
+    """Build another schema, a frozen dataclass whose fields all have defaults, as ``load`` builds a Config.
+
+    family: which shipped recipes are its own, see ``recipes``.
+    """
     if isinstance(source, Mapping):
-        merged, places = _inherit(Document(to_plain(source)), "the mapping", Path(), ())
+        merged, places = _inherit(Document(to_plain(source)), "the mapping", Path(), (), family)
     else:
-        merged, places = _read(source, Path(), (), "")
-    merged = _merge(to_mapping(Config()), merged)
+        merged, places = _read(source, Path(), (), "", family)
+    merged = _merge(to_plain(schema()), merged)
     problems: list[str] = []
     for text in overrides:
         problems += _override(merged, text, places)
-    config, more = build(Config, merged, places, leaves(Config))
+    kind: type = schema
+    config, more = build(kind, merged, places, leaves(kind))
     if problems or more:
         raise ConfigError([*problems, *more])
-    return _as_config(config)
+    return _as(schema, config)
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Config:
@@ -64,7 +80,7 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     built, more = build(Config, plain, places, leaves(Config))
     if problems or more:
         raise ConfigError([*problems, *more])
-    return _as_config(built)
+    return _as(Config, built)
 
 
 def parse_arguments(items: Sequence[str]) -> dict[str, Any]:
@@ -76,8 +92,8 @@ def parse_arguments(items: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def _as_config(value: Any) -> Config:
-    if not isinstance(value, Config):
+def _as(schema: type[Schema], value: Any) -> Schema:
+    if not isinstance(value, schema):
         raise TypeError(f"build returned {type(value).__name__} and no problem")
     return value
 
@@ -86,10 +102,10 @@ def _shipped() -> Traversable:
     return resources.files("flowrl.configs")
 
 
-def _find(source: str | Path, folder: Path, origin: str) -> tuple[Traversable | Path, str]:
+def _find(source: str | Path, folder: Path, origin: str, family: str) -> tuple[Traversable | Path, str]:
     """The file that ``source`` names, and what to call it in messages. origin: who names it, "" for the user."""
     name = str(source)
-    known = recipes()
+    known = recipes(family)
     if isinstance(source, str) and name in known:
         return _shipped() / f"{name}.yaml", f"{name}.yaml"
     path = folder / Path(name).expanduser()
@@ -105,9 +121,9 @@ def _find(source: str | Path, folder: Path, origin: str) -> tuple[Traversable | 
 
 
 def _read(
-    source: str | Path, folder: Path, trail: tuple[str, ...], origin: str
+    source: str | Path, folder: Path, trail: tuple[str, ...], origin: str, family: str
 ) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    file, name = _find(source, folder, origin)
+    file, name = _find(source, folder, origin, family)
     if str(file) in trail:
         chain = " -> ".join(Path(item).name for item in (*trail, str(file)))
         raise UserError(f"base: recipes inherit from each other in a circle ({chain}); remove one of the base lines")
@@ -121,11 +137,11 @@ def _read(
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from error
     inner = file.parent if isinstance(file, Path) else Path()
-    return _inherit(parse(text, name), name, inner, (*trail, str(file)))
+    return _inherit(parse(text, name), name, inner, (*trail, str(file)), family)
 
 
 def _inherit(
-    document: Document, name: str, folder: Path, trail: tuple[str, ...]
+    document: Document, name: str, folder: Path, trail: tuple[str, ...], family: str
 ) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     value, places = document.value, document.places
     if value is None:
@@ -138,7 +154,7 @@ def _inherit(
     where = f"base ({places[('base',)]})" if ("base",) in places else "base"
     if not isinstance(base, str):
         raise UserError(f"{where}: expected the name or path of a recipe, found {found(base)}")
-    below, places_below = _read(base, folder, trail, f"{where}: ")
+    below, places_below = _read(base, folder, trail, f"{where}: ", family)
     kept = {path: place for path, place in places_below.items() if not _replaced(value, path)}
     return _merge(below, value), kept | places
 

@@ -31,9 +31,9 @@ def to_mapping(config: Config) -> dict[str, Any]:
     return plain
 
 
-def to_yaml(config: Config) -> str:
-    """Write every setting as YAML, in the order of the schema; ``load`` reads it back to an equal Config."""
-    return yaml.dump(to_mapping(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+def to_yaml(config: object) -> str:
+    """Write every setting of a Config or another schema as YAML, in its order; ``load`` reads it back to an equal one."""
+    return yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def config_hash(config: Config) -> str:

@@ -68,8 +68,8 @@ class Allocation:
 class Selection:
     """Which members of a group are trained, chosen after the scores are known.
 
-    name: all | best_worst (``number`` best and ``number`` worst, DanceGRPO) | d3s (the ``number`` members whose rewards
-    vary most). Advantages are those of the whole group.
+    name: all | best_worst (half of ``number`` the best, half the worst, DanceGRPO) | d3s (the ``number`` members whose
+    rewards vary most). Advantages are those of the whole group.
     """
 
     name: Literal["all", "best_worst", "d3s"] = "all"
@@ -111,8 +111,9 @@ class Window:
 
     kind: full | random | sliding | iso_temporal (random, each group its own; all its members share it). first, last: range
     of the start step, both inclusive. every: iterations before a sliding window moves by one step (it returns to ``first``
-    after ``last``). strategy: of a sliding window, progressive | random | decaying | exponential (MixGRPO). train_fraction:
-    how much of the stochastic steps is trained, a keyed random part (DanceGRPO: 0.6).
+    after ``last``); stride: by how much it moves. strategy: of a sliding window, progressive | random | decaying (down to
+    ``least`` iterations a place) | exponential (``rate``, ``threshold``). fraction: how much of the stochastic steps is
+    trained, a keyed random part (DanceGRPO: 0.6). See flowrl.dynamics.windows.
     """
 
     kind: Literal["full", "random", "sliding", "iso_temporal"] = "random"
@@ -120,8 +121,12 @@ class Window:
     first: int = 0
     last: int = 2
     every: int = 5
+    stride: int = 1
     strategy: Literal["progressive", "random", "decaying", "exponential"] = "progressive"
-    train_fraction: float = 1.0
+    least: int = 1
+    rate: float = 0.1
+    threshold: int = 13
+    fraction: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +134,8 @@ class Rollout:
     """How trajectories are drawn. guidance 1 means no guidance; cfg_gradient: which branches the update differentiates.
 
     share_prefix: the members of a group share start noise and latents until the first stochastic step, and what they share
-    is computed once. seeds: start noises a group, each with an equal part of its members. splits: {step: children}, where
-    the members part instead (a tree; the product of the children times the seeds is the group size).
+    is computed once. seeds: start noises a group, each with an equal part of its members. splits: steps at which every
+    latent has ``children`` instead (a tree; children ** splits, times the seeds, is the group size).
     solver: of the deterministic steps after the window, euler | heun | dpmpp_2m. storage_dtype: of the latents kept for the
     update.
     """
@@ -140,7 +145,8 @@ class Rollout:
     window: Window = field(default_factory=Window)
     share_prefix: bool = True
     seeds: int = 1
-    splits: dict[int, int] = field(default_factory=dict)
+    splits: tuple[int, ...] = ()
+    children: int = 2
     solver: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     guidance: float = 1.0
     cfg_gradient: Literal["full", "conditional"] = "full"
@@ -200,7 +206,9 @@ class Objective:
 
     name: str = "flow_grpo"
     ratio: Literal["", "plain", "debiased", "normalised"] = ""
-    step_weight: Literal["", "none", "std", "inverse_dt", "inverse_slope", "std_over_slope", "std_over_dt", "dt"] = ""
+    step_weight: Literal[
+        "", "none", "std", "inverse_dt", "inverse_slope", "std_over_slope", "dt", "std_over_dt", "dt_std_over_slope"
+    ] = ""
     loss: str = ""
     loss_options: dict[str, Any] = field(default_factory=dict)
     clip_range: float = 0.2

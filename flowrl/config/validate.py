@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flowrl import registry
-from flowrl.config import engine
+from flowrl.config import engine, trajectory
 from flowrl.config.dialect import ConfigError
 from flowrl.config.load import from_mapping
 from flowrl.config.render import to_mapping
@@ -23,11 +23,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("use at least 1", lambda value: value >= 1, """
         iterations model.height model.width model.lora.rank batch.groups batch.group_size batch.micro_batch
-        rollout.window.size rollout.window.every objective.updates objective.passes ema.every failures.min_valid
+        rollout.window.size rollout.window.every rollout.window.stride rollout.window.least rollout.seeds rollout.children
+        credit.stride objective.updates objective.passes ema.every failures.min_valid
         evaluation.count evaluation.per_prompt evaluation.steps evaluation.quick
     """),
     ("use at least 0", lambda value: value >= 0, """
-        seed threads rollout.window.first rollout.guidance advantage.clip objective.kl.weight optimizer.lr
+        seed threads rollout.window.first rollout.window.rate
+        credit.ode_steps rollout.guidance advantage.clip objective.kl.weight optimizer.lr
         optimizer.weight_decay optimizer.warmup evaluation.guidance evaluation.seed evaluation.every evaluation.grid
         checkpoint.every
     """),
@@ -36,6 +38,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     """),
     ("use at least 0 and less than 1", lambda value: 0 <= value < 1, "optimizer.betas.0 optimizer.betas.1 ema.decay"),
     ("use 0 to 1", lambda value: 0 <= value <= 1, "failures.max_invalid_fraction"),
+    ("use more than 0 and at most 1", lambda value: 0 < value <= 1, "rollout.window.fraction batch.allocation.memory"),
     (f"use at most {MAX_SEED}", lambda value: value <= MAX_SEED, "seed evaluation.seed"),
     ("use at least 2, so that a damaged one has a predecessor", lambda value: value >= 2, "checkpoint.keep"),
 )  # fmt: skip
@@ -265,4 +268,6 @@ def _entries(section: str, entries: Sequence[RewardEntry]) -> Iterator[str]:
 
 
 _Check = Callable[[Config], Iterator[str]]
-_CHECKS: tuple[_Check, ...] = (_ranges, _run, _model, _data, _batch, _rollout, _objective, _rewards)
+_CHECKS: tuple[_Check, ...] = (
+    _ranges, _run, _model, _data, _batch, _rollout, trajectory.problems, _objective, _rewards,
+)  # fmt: skip

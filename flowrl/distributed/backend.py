@@ -40,12 +40,28 @@ class Backend:
         return range(self.rank * part, (self.rank + 1) * part)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All processes' rows, in rank order; the same shape everywhere is required. Returns rows on their own device."""
+        """All processes' rows, in rank order, however many each has. Returns rows on their own device."""
         if self.world == 1:
             return rows
-        parts = [torch.empty_like(rows, device=self.device) for _ in range(self.world)]
-        torch.distributed.all_gather(parts, rows.to(self.device).contiguous())
-        return torch.cat(parts).to(rows.device)
+        counts = self.counts(len(rows))
+        padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        padded[: len(rows)] = rows.to(self.device)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
+
+    def counts(self, number: int) -> list[int]:
+        """Every process's number, in rank order."""
+        if self.world == 1:
+            return [number]
+        parts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, torch.tensor([number], device=self.device))
+        return [int(part) for part in parts]
+
+    def mine(self, number: int) -> slice:
+        """Where this process's ``number`` rows lie among gathered ones."""
+        start = sum(self.counts(number)[: self.rank])
+        return slice(start, start + number)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes."""

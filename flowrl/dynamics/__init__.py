@@ -1,4 +1,5 @@
-"""Paths between data and noise, step kernels, log-probs, divergences, stochastic windows and guidance. torch only."""
+"""Paths between data and noise, step kernels, deterministic solvers, log-probs, divergences, stochastic windows and
+guidance. torch only."""
 
 from flowrl.dynamics.guidance import guide
 from flowrl.dynamics.interpolants import endpoints, interpolate, prediction_from_endpoints, score
@@ -14,15 +15,30 @@ from flowrl.dynamics.kernels import (
     transition,
 )
 from flowrl.dynamics.log_prob import gaussian_kl, log_prob, reference_kl
-from flowrl.dynamics.windows import stochastic_steps
+from flowrl.dynamics.solvers import SOLVERS, History, calls, solver_step
+from flowrl.dynamics.windows import (
+    WindowRule,
+    check_window,
+    group_windows,
+    shared_window,
+    step_masks,
+    stochastic_steps,
+    trained_steps,
+)
 
 __all__ = [
     "KERNELS",
     "MEMORYLESS_NOISE",
+    "SOLVERS",
+    "History",
     "StepPoint",
+    "WindowRule",
+    "calls",
     "check_kernel",
+    "check_window",
     "endpoints",
     "gaussian_kl",
+    "group_windows",
     "guide",
     "interpolate",
     "is_stochastic",
@@ -33,6 +49,10 @@ __all__ = [
     "prediction_from_endpoints",
     "reference_kl",
     "score",
+    "shared_window",
+    "solver_step",
+    "step_masks",
     "stochastic_steps",
+    "trained_steps",
     "transition",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import torch
@@ -32,7 +32,8 @@ class StepPoint:
     """Where a step starts and ends: float32 tensors that broadcast against the latents, usually [B, 1, ..., 1].
 
     t, alpha, sigma belong to the start and the ``_next`` names to the end. t_clamp is the schedule's second time:
-    flow_sde uses it in place of t = 1, where its g is infinite, and nowhere else.
+    flow_sde uses it in place of t = 1, where its g is infinite, and nowhere else; wan_sde scales its g by it. t_last
+    is the schedule's last time, 0 unless given; only wan_sde reads it.
     """
 
     t: Tensor
@@ -42,6 +43,7 @@ class StepPoint:
     alpha_next: Tensor
     sigma_next: Tensor
     t_clamp: Tensor
+    t_last: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @classmethod
     def of(cls, schedule: Schedule, step: Tensor, ndim: int) -> StepPoint:
@@ -62,6 +64,7 @@ class StepPoint:
             alpha_next=gather(schedule.alpha, step + 1),
             sigma_next=gather(schedule.sigma, step + 1),
             t_clamp=gather(schedule.t, torch.ones_like(step)),
+            t_last=gather(schedule.t, torch.full_like(step, schedule.steps)),
         )
 
     @property
@@ -124,6 +127,15 @@ def dance_sde(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: St
     return euler_maruyama(x, x0_hat, x1_hat, noise, point)
 
 
+def wan_sde(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
+    """Flow-GRPO for Wan: Euler-Maruyama with ``g = t_T + (t_1 - t_T) t``, t_1 and t_T the schedule's second and last time.
+
+    g is about ``t_1 t``, finite everywhere, and has no free level: noise plays no part (github.com/yifan123/flow_grpo,
+    the Wan pipeline).
+    """
+    return euler_maruyama(x, x0_hat, x1_hat, point.t_last + (point.t_clamp - point.t_last) * point.t, point)
+
+
 def cps(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
     """Coefficients-preserving sampling: mixing with ``rho = cos(eta pi / 2)``, eta = noise in [0, 1] (2509.05952).
 
@@ -139,6 +151,30 @@ def precise(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: Step
     Finite at t = 1, where it draws all of the noise anew.
     """
     return mixing(x0_hat, x1_hat, point.alpha_next, point.sigma_next, noise_kept(point) ** (noise**2 / 2))
+
+
+def precise_dance(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
+    """PRECISE with DanceGRPO's constant g = eta, eta = noise; on flow paths (2605.23522).
+
+    mixing with ``rho = exp(-integral eta^2 / 2u^2 du) = exp(-(eta^2 / 2) (1 / t' - 1 / t))``. The step to t' = 0 is
+    deterministic, its limit: ``t' sqrt(1 - rho^2) <= t'``. Below t of about eta sqrt(dt) a step draws all noise anew,
+    as g^2 / 2t^2 outruns the grid there, so chains that run to t = 0 converge as sqrt(dt) in the end; those that stop
+    earlier, and precise, as dt.
+    """
+    # rho is multiplied by sigma' = 0 there; any finite value does, and 0 * inf would not.
+    t_next = torch.where(point.t_next > 0, point.t_next, point.t)
+    rho = (-(noise**2 / 2) * (1 / t_next - 1 / point.t)).exp()
+    return mixing(x0_hat, x1_hat, point.alpha_next, point.sigma_next, rho)
+
+
+def memoryless(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
+    """Sample without memory of the start noise: ``g^2 = 2t / (1 - t)``, solved exactly over the step (2409.08861).
+
+    mixing with ``rho = (sigma' alpha) / (sigma alpha')``, on any path: the reverse of forward noising, so a step is the
+    posterior of x' given x at the data x0_hat. It equals precise with a = sqrt 2 and ddim with eta = 1, and has no free
+    level: noise plays no part.
+    """
+    return mixing(x0_hat, x1_hat, point.alpha_next, point.sigma_next, noise_kept(point))
 
 
 def ddim(noise: float, x: Tensor, x0_hat: Tensor, x1_hat: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
@@ -160,9 +196,14 @@ KERNELS: dict[str, Kernel] = {
     "cps": cps,
     "precise": precise,
     "ddim": ddim,
+    "memoryless": memoryless,
+    "precise_dance": precise_dance,
+    "wan_sde": wan_sde,
 }
-FLOW_ONLY = frozenset({"flow_sde", "dance_sde"})
+FLOW_ONLY = frozenset({"flow_sde", "dance_sde", "precise_dance", "wan_sde"})
 UNIT_NOISE = frozenset({"cps", "ddim"})
+FIXED_NOISE = frozenset({"memoryless", "wan_sde"})
+"""Kernels whose noise level follows from the schedule: any noise above 0 means the same, and 0 is refused."""
 
 
 def transition(
@@ -197,20 +238,26 @@ def next_latent(mean: Tensor, std: Tensor, noise: Tensor, storage_dtype: torch.d
 
 def is_stochastic(name: str, noise: float) -> bool:
     """Tell whether a kernel's inner steps have a std above 0, hence a log-prob. Unknown names raise ValueError."""
-    return _lookup(name) is not ode and noise > 0
+    return _lookup(name) is not ode and (noise > 0 or name in FIXED_NOISE)
 
 
 def check_kernel(name: str, noise: float, schedule: Schedule) -> None:
     """Refuse a kernel that cannot run on a schedule; call it once before a run.
 
-    Raises ValueError for an unknown name, a noise that is negative, not finite or above 1 for cps and ddim, a
-    schedule whose times do not fall strictly within [0, 1], and a flow kernel on a path that is not a flow's.
+    Raises ValueError for an unknown name, a noise that is negative, not finite, above 1 for cps and ddim or 0 for
+    memoryless and wan_sde (which cannot be quiet), a schedule whose times do not fall strictly within [0, 1], and a
+    flow kernel on a path that is not a flow's.
     """
     _lookup(name)
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"rollout.kernel.noise: {noise} is not a noise level; give a finite number of at least 0")
     if name in UNIT_NOISE and noise > 1:
         raise ValueError(f"rollout.kernel.noise: {noise} is too large for {name}; its eta lies in [0, 1]")
+    if name in FIXED_NOISE and noise == 0:
+        raise ValueError(
+            f"rollout.kernel.noise: 0 does not silence {name}, whose noise is fixed by the schedule; use the kernel ode, "
+            "or any noise above 0, which all mean the same here"
+        )
     t = schedule.t
     if len(t) < 2 or bool((t[1:] >= t[:-1]).any()) or not 0 <= float(t[-1]) < float(t[0]) <= 1:
         raise ValueError(

@@ -31,20 +31,24 @@ class Prompted:
 class Step:
     """The Gaussian of one step and the (guided) network output behind it.
 
-    mean, value, x0_hat (the clean picture's one-step estimate): [B, ...]; std: [B, 1, ..., 1]; kind: of the output.
+    mean, value: [B, ...]; x0_hat, x1_hat: one-step estimates of picture and noise, alike; std: [B, 1, ..., 1]; kind: of
+    the output.
     """
 
     mean: Tensor
     std: Tensor
     value: Tensor
     x0_hat: Tensor
+    x1_hat: Tensor
     point: StepPoint
     kind: PredictionKind
 
     def __getitem__(self, rows: Tensor) -> Step:
         """Rows int64 [N] of every tensor; a row may come several times."""
         point = StepPoint(*(value[rows] for value in vars(self.point).values()))
-        return Step(self.mean[rows], self.std[rows], self.value[rows], self.x0_hat[rows], point, self.kind)
+        return Step(
+            self.mean[rows], self.std[rows], self.value[rows], self.x0_hat[rows], self.x1_hat[rows], point, self.kind
+        )
 
 
 @dataclass(frozen=True)
@@ -86,4 +90,4 @@ class Policy:
         point = StepPoint.of(self.schedule, step, x.ndim)
         x0_hat, x1_hat = endpoints(x, value, kind, point.alpha, point.sigma)
         mean, std = transition(kernel or self.kernel, self.noise, x, x0_hat, x1_hat, point)
-        return Step(mean, std, value, x0_hat, point, kind)
+        return Step(mean, std, value, x0_hat, x1_hat, point, kind)

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowrl import rng
 from flowrl.dynamics.kernels import next_latent
 from flowrl.dynamics.log_prob import log_prob
+from flowrl.dynamics.solvers import History, solver_step
 from flowrl.records import LogProbReduction, PredictionKind, Trajectory
 from flowrl.rollout.policy import Policy, Prompted, Step
 
@@ -50,7 +51,8 @@ class RolloutPlan:
     steps: the stochastic steps, all trained; or ``stochastic`` and ``trained``, bool [P, T], when each group has its own
     (every group trains equally many). shared: members share start noise and latents until they part: at the first
     stochastic step, or step by step at ``splits`` (step -> children of every latent). seeds: start noises a shared group.
-    keep: further records of each transition, "value" and "x0_hat".
+    keep: further records of each transition, "value" and "x0_hat". solver: of the deterministic steps after the last
+    stochastic one.
     """
 
     shape: tuple[int, ...]
@@ -67,6 +69,7 @@ class RolloutPlan:
     seeds: int = 1
     splits: Mapping[int, int] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
+    solver: str = "euler"
 
     def masks(self, groups: int, total: int) -> tuple[Tensor, Tensor]:
         """(stochastic, trained), bool [P, T]."""
@@ -201,6 +204,8 @@ class _Chunk:
         self.policy, self.groups, self.plan, self.rows = policy, groups, plan, rows
         self.stochastic, self.trained = stochastic[rows.group], trained[rows.group]
         self.slot = self.trained.int().cumsum(1) - 1
+        self.last = int((self.stochastic.int() * torch.arange(1, self.stochastic.shape[1] + 1)).max()) - 1
+        self.history: History | None = None
         self.kept: dict[str, Tensor] = {}
         self.kind: PredictionKind = "velocity"
 
@@ -218,6 +223,8 @@ class _Chunk:
         x = torch.where(_like(drawn, x), kept.float(), x)
         first, place = rows.distinct(k)
         steps, prompted = torch.full((len(first),), k), self.groups.prompted[rows.group[first]]
+        if not bool(drawn.any()) and self.plan.solver != "euler" and k > self.last:
+            return self._solve(x, k, on)
         if not bool(drawn.any()):
             made = self.policy.step(x[first], steps, prompted, kernel="ode")[place]
             self._keep_estimate(made, k, on)
@@ -231,6 +238,23 @@ class _Chunk:
             return after.float()
         straight = self.policy.made_of(x[first], steps, source.value, source.kind, kernel="ode")[place]
         return torch.where(_like(drawn, x), after.float(), straight.mean)
+
+    def _solve(self, x: Tensor, k: int, on: Tensor) -> Tensor:
+        """One deterministic step of a higher-order solver, where every row is past its last stochastic step."""
+        policy, prompted = self.policy, self.groups.prompted[self.rows.group[on]]
+        first = True
+
+        def predict(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal first
+            made = policy.step(x, step, prompted, kernel="ode")
+            if first:
+                self._keep_estimate(made, k, on)
+            first = False
+            return made.x0_hat, made.x1_hat
+
+        steps = torch.full((len(x),), k)
+        after, self.history = solver_step(self.plan.solver, predict, x, steps, policy.schedule, self.history)
+        return after
 
     def _draw(self, made: Step, rows: _Rows, k: int) -> Tensor:
         first, place = rows.distinct(k + 1)  # members that stay together draw one noise

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowrl.advantage import ESTIMATORS, Advantage, drop_thin_groups, estimate
-from flowrl.advantage.pipeline import inputs_of
+from flowrl.advantage.pipeline import inputs_of, options_of
 from flowrl.config.schema import Config
+from flowrl.config.trajectory import reads_start
 from flowrl.distributed.backend import Backend
 from flowrl.records import Trajectory
 from flowrl.scoring.runtime import Scored
+from flowrl.training.budget import chosen_members
+from flowrl.training.collection import Collected
 
 
 def takes_channels(name: str) -> bool:
@@ -20,38 +25,66 @@ def takes_channels(name: str) -> bool:
     return "weights" in inputs_of(ESTIMATORS[name])
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """All processes' samples, in rank order, all [B]. valid: without groups that have too few; chosen: to be trained."""
+
+    scores: Tensor
+    valid: Tensor
+    group: Tensor
+    chosen: Tensor
+
+
+def gather(scored: Scored, trajectory: Trajectory, config: Config, backend: Backend) -> Gathered:
+    """Bring the scores of all processes together."""
+    scores = backend.gather(torch.from_numpy(scored.scores).double())
+    group = backend.gather(trajectory.group_id)
+    valid = drop_thin_groups(backend.gather(torch.from_numpy(scored.valid)), group, config.failures.min_valid)
+    return Gathered(scores, valid, group, chosen_members(config.batch.selection, scores, group, valid))
+
+
 def assign(
-    config: Config, scored: Scored, trajectory: Trajectory, weights: Mapping[str, float], backend: Backend
+    config: Config, collected: Collected, gathered: Gathered, weights: Mapping[str, float], backend: Backend
 ) -> Advantage:
     """Give every trained transition of all processes' samples its advantage: a record of [B, K] tensors.
 
     weights: reward label -> weight, the channels of estimators that take several rewards; the others take the score.
     Samples are in the order of the ranks. What is passed to the estimator: ``flowrl.config.engine.SUPPLIED``.
     """
-    a = config.advantage
-    channels = takes_channels(a.name)
-    per_reward = [torch.from_numpy(scored.per_reward[label].scores) for label in weights] if channels else []
-    scores = torch.stack(per_reward, 1) if channels else torch.from_numpy(scored.scores)
-    rewards = backend.gather(scores.double())
-    valid = backend.gather(torch.from_numpy(scored.valid))
-    group = backend.gather(trajectory.group_id)
-    valid = drop_thin_groups(valid, group, config.failures.min_valid)
+    a, trajectory, scored = config.advantage, collected.trajectory, collected.scored
+    group, valid = gathered.group, gathered.valid
     steps = int(trajectory.trained_mask[0].sum())
     mask = valid[:, None].expand(-1, steps)
     inputs: dict[str, Any] = {
-        "rewards": rewards,
+        "rewards": gathered.scores,
         "group": group,
         "valid": valid,
         "mask": mask,
         "trajectory": torch.arange(len(group)),
         "length": torch.full((len(group),), float(steps)),
         "cost": torch.full((len(group),), float(config.rollout.steps)),
+        "seed_group": backend.gather(trajectory.parent),
     }
-    if channels:
+    for name in ("step", "node", "old_log_prob"):
+        stored = vars(trajectory)[name]
+        if stored is not None:
+            inputs[name] = backend.gather(stored.cpu())
+    if takes_channels(a.name):
+        per_reward = [torch.from_numpy(scored.per_reward[label].scores) for label in weights]
+        inputs["rewards"] = backend.gather(torch.stack(per_reward, 1).double())
         inputs["weights"] = torch.tensor(list(weights.values()), dtype=torch.float64)
     else:
         # The outcome is the reward of the last trained transition; a failed reward has no value there.
         last = torch.zeros(mask.shape, dtype=torch.float64)
-        last[:, -1] = torch.where(valid, rewards, 0.0)
+        last[:, -1] = torch.where(valid, gathered.scores, 0.0)
         inputs["step_reward"] = last
-    return estimate(a.name, inputs, a.options, whiten=a.whiten, clip=a.clip).over_steps(mask)
+    if collected.values is not None:
+        if reads_start(config):
+            inputs["start_value"] = backend.gather(collected.values.start)
+        inputs["step_value"] = torch.where(mask, backend.gather(collected.values.step), 0.0)
+    wanted = inputs_of(ESTIMATORS[a.name])
+    options = dict(a.options)
+    if "steps" in options_of(ESTIMATORS[a.name]):
+        options.setdefault("steps", config.rollout.steps)  # the length of the schedule, for estimators that ask
+    given = {name: value for name, value in inputs.items() if name in wanted}
+    return estimate(a.name, given, options, whiten=a.whiten, clip=a.clip).over_steps(mask)

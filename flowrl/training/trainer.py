@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowrl.config.schema import Config
-from flowrl.data.sampler import Drawn, draw_groups
+from flowrl.data.sampler import draw_groups
 from flowrl.distributed.backend import Backend
 from flowrl.dynamics.kernels import check_kernel
-from flowrl.dynamics.windows import stochastic_steps
 from flowrl.objectives.flow_grpo import LossTerms
 from flowrl.performance.counting import CallCounter
 from flowrl.performance.timers import Stopwatch
 from flowrl.protocols import PipelineAdapter
-from flowrl.records import PromptRow, Request, RewardBatch, Schedule, Trajectory
-from flowrl.rollout.policy import Policy, Prompted
-from flowrl.rollout.sampling import Groups, RolloutPlan, concatenate, rollout
-from flowrl.scoring.runtime import RewardRuntime, Scored, join
-from flowrl.training import metrics
-from flowrl.training.credit import assign, takes_channels
+from flowrl.records import PromptRow, Schedule
+from flowrl.rollout.policy import Policy
+from flowrl.scoring.runtime import RewardRuntime
+from flowrl.training import losses, metrics
+from flowrl.training.budget import Budget
+from flowrl.training.collection import Collected, Collector, Visit, request_of
+from flowrl.training.credit import assign, gather, takes_channels
 from flowrl.training.guards import SkippedUpdates, self_check
 from flowrl.training.update import Reference, TrainingBatch, accumulate, chunks, reference_values
 from flowrl.training.weights import Weights
-
-STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Collected:
-    """One process's rollout with its scores; ``row`` maps samples to rows of ``prompted``."""
-
-    trajectory: Trajectory
-    prompted: Prompted
-    row: Tensor
-    scored: Scored
-    first_chunk: Tensor
 
 
 class Trainer:
@@ -72,14 +58,18 @@ class Trainer:
             self.weights.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
         )
         kernel = config.rollout.kernel
-        self.shape = adapter.latent_shape(self._request(rows[0]))
-        schedule = adapter.schedule(config.rollout.steps, self._request(rows[0]))
+        schedule = adapter.schedule(config.rollout.steps, request_of(config, rows[0]))
         check_kernel(kernel.name, kernel.noise, schedule)
         on_device = Schedule(*(v.to(adapter.device) for v in (schedule.t, schedule.alpha, schedule.sigma)))
         self.policy = Policy(
             adapter, on_device, kernel.name, kernel.noise, config.rollout.guidance, config.rollout.cfg_gradient
         )
         self.counter, self.clock = CallCounter(adapter.trainable()), Stopwatch()
+        self.budget = Budget(config.batch, len(rows))
+        self.objective = losses.choose(config.objective)
+        self.collector = Collector(
+            config, self.policy, rewards, rows, self.backend, self.clock, losses.records_needed(self.objective)
+        )
         self._checked = False
 
     @property
@@ -93,8 +83,7 @@ class Trainer:
         """Do one iteration; returns the metrics row (design section 4)."""
         self.clock.reset()
         self.counter.reset()
-        drawn = draw_groups(self.seed, self.iteration, self.config.batch.groups, len(self.rows), self.row_weights)
-        collected = self._collect(drawn)
+        collected = self._collect()
         row: dict[str, Any] = {"iteration": self.iteration + 1}
         with self.clock.phase("advantage"):
             batch, credit = self._credit(collected)
@@ -107,81 +96,32 @@ class Trainer:
         row |= {"update/skipped": self.skipped.total, "update/count": self.updates}
         return row
 
-    def _request(self, row: PromptRow) -> Request:
-        model = self.config.model
-        return Request(row.prompt, row.prompt_id, model.height, model.width, metadata=row.metadata)
-
-    def _collect(self, drawn: Sequence[Drawn]) -> Collected:
+    def _collect(self) -> Collected:
+        """Decide for all processes what is drawn, then draw this one's part."""
         config = self.config
-        mine = [drawn[i] for i in self.backend.share(len(drawn))]
-        requests = [self._request(self.rows[d.prompt_id]) for d in mine]
-        window = config.rollout.window
-        steps = stochastic_steps(
-            window.kind, window.size, window.first, window.last, window.every,
-            config.rollout.steps, self.iteration, self.seed,
-        )  # fmt: skip
-        with self.clock.phase("encode"):
-            prompted = self.policy.encode(requests)
-        groups = Groups(
-            prompt_id=torch.tensor([d.prompt_id for d in mine]),
-            occurrence=torch.tensor([d.occurrence for d in mine]),
-            group_id=torch.tensor([d.group_id for d in mine]),
-            prompted=prompted,
-            size=config.batch.group_size,
-        )
-        plan = RolloutPlan(
-            shape=self.shape, steps=steps, shared=config.rollout.share_prefix,
-            chunk=config.batch.micro_batch, storage_dtype=STORAGE[config.rollout.storage_dtype],
-            reduction=config.objective.log_prob_reduction, seed=self.seed, iteration=self.iteration,
-            policy_version=self.updates,
-        )  # fmt: skip
-        parts: list[Trajectory] = []
-        pending: list[Future[Scored]] = []
-        row = torch.arange(len(mine)).repeat_interleave(groups.size)
-        made = rollout(self.policy, groups, plan)
-        while True:
-            with self.clock.phase("rollout"):
-                part = next(made, None)
-            if part is None:
-                break
-            start = sum(len(p) for p in parts)
-            parts.append(part)
-            pending.append(self._submit(part, [requests[i] for i in row[start : start + len(part)].tolist()]))
-        with self.clock.phase("reward"):
-            scored = join([p.result() for p in pending])
-        trajectory = concatenate(parts)
-        scored = replace(scored, valid=scored.valid & metrics.finite_rows(trajectory.x0).numpy())
-        self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.valid)).numpy())
-        return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])))
-
-    def _submit(self, part: Trajectory, requests: Sequence[Request]) -> Future[Scored]:
-        with self.clock.phase("decode"):
-            images = self.adapter.decode(part.x0, requests[0])
-            # A latent that is not finite shows as black; its sample is masked by finite_rows.
-            pixels = (images.nan_to_num(0.0) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        with self.clock.phase("reward"):
-            return self.rewards.submit(
-                RewardBatch(
-                    images=pixels,
-                    prompts=[r.prompt for r in requests],
-                    metadata=[r.metadata for r in requests],
-                    group_ids=part.group_id.tolist(),
-                    latents=part.x0,
-                )
-            )
+        drawn = draw_groups(self.seed, self.iteration, config.batch.groups, len(self.rows), self.row_weights)
+        drawn = self.budget.draw(drawn, self.seed, self.iteration)
+        sizes = self.budget.sizes(drawn)
+        mine = list(self.backend.share(len(drawn)))
+        visit = Visit(self.seed, self.iteration, self.updates)
+        return self.collector.collect([drawn[i] for i in mine], sizes[mine], visit)
 
     def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:
         """Advantages from all processes' scores, cut back to this process's samples."""
         config, trajectory = self.config, collected.trajectory
         channels = takes_channels(config.advantage.name)
         weights = {label: w for label, w in self.rewards.weights.items() if w} if channels else {}
-        credit = assign(config, collected.scored, trajectory, weights, self.backend)
-        mine = slice(self.backend.rank * len(trajectory), (self.backend.rank + 1) * len(trajectory))
-        part = (trajectory.group_id - trajectory.group_id.min()) * config.objective.updates
-        local = part // (config.batch.groups // self.backend.world)
+        gathered = gather(collected.scored, trajectory, config, self.backend)
+        credit = assign(config, collected, gathered, weights, self.backend)
+        self.budget.learn(self.backend.gather(trajectory.prompt_id), gathered.scores, gathered.valid)
+        mine = self.backend.mine(len(trajectory))
+        element = credit.loss_mask[mine] & gathered.chosen[mine, None]
+        scale = losses.step_weights(self.objective, self.policy, trajectory, element, self.backend)
+        place = trajectory.group_id - trajectory.group_id.min()
+        part = place * config.objective.updates // (config.batch.groups // self.backend.world)
         return TrainingBatch(
-            trajectory, collected.prompted, collected.row,
-            credit.advantage[mine], credit.weight[mine], credit.loss_mask[mine], local,
+            trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.weight[mine] * scale, element,
+            part,
         ), credit  # fmt: skip
 
     def _self_check(self, batch: TrainingBatch, rows: Tensor) -> None:
@@ -217,7 +157,7 @@ class Trainer:
                 weight = torch.where(live, batch.weight, 0.0) / int(count)
                 on_policy = not norms  # no step taken yet: the weights are those of the rollout
                 with self.clock.phase("update"):
-                    seen += accumulate(self.policy, objective, batch, rows, weight, references[m], on_policy)
+                    seen += accumulate(self.policy, self.objective, batch, rows, weight, references[m], on_policy)
                 with self.clock.phase("optimizer"):
                     norms.append(self._step())
         return metrics.of_update(seen, norms, self.optimizer.param_groups[0]["lr"], max(1, len(norms)), self.backend)
@@ -244,6 +184,7 @@ class Trainer:
         """Everything a resumed run needs, as nested tensors and numbers."""
         return {
             **self.weights.state(),
+            **self.budget.state(),
             "optimizer": self.optimizer.state_dict(),
             "progress": {
                 "iteration": self.iteration, "updates": self.updates, "restarts": self.restarts,
@@ -254,6 +195,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         self.weights.load(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.budget.load(state)
         progress = state["progress"]
         self.iteration, self.updates, self.restarts = (progress[k] for k in ("iteration", "updates", "restarts"))
         self.skipped.load(progress["skipped"])

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flowrl.config.schema import Objective
+from flowrl.advantage import PolicyLoss
 from flowrl.dynamics.log_prob import log_prob, reference_kl
 from flowrl.objectives.flow_grpo import LossTerms, coefficient_terms, surrogate_terms
+from flowrl.objectives.ratios import divergence
 from flowrl.records import Trajectory
 from flowrl.rollout.policy import Policy, Prompted, Step
 from flowrl.rollout.sampling import first_of_each
@@ -106,7 +108,7 @@ def reference_values(
 
 def accumulate(
     policy: Policy,
-    objective: Objective,
+    method: losses.Chosen,
     batch: TrainingBatch,
     parts: Sequence[Tensor],
     weight: Tensor,
@@ -123,27 +125,61 @@ def accumulate(
         raise ValueError(
             "update: this trajectory holds no log-probs; forward-process methods have updates of their own"
         )
-    method = losses.choose(objective)
+    objective = method.settings
     joint = None
     if method.joint:
         joint = losses.whole(method, policy_log_probs(policy, batch, parts, on_policy), batch, parts, weight)
     for number, rows in enumerate(parts):
         for k in range(trajectory.old_log_prob.shape[1]):
             made = replay(policy, batch, rows, k)
-            now = log_prob(_next(trajectory, rows, k), made.mean, made.std, trajectory.log_prob_reduction)
+            x_next, old = _next(trajectory, rows, k), trajectory.old_log_prob[rows, k]
+            now = log_prob(x_next, made.mean, made.std, trajectory.log_prob_reduction)
             kl = None
             if objective.kl.form != "none":
                 mean_ref, value_ref = references[number, k]
                 kl = reference_kl(objective.kl.form, made.mean, mean_ref, made.std, made.point, made.value, value_ref)
-            old, w = trajectory.old_log_prob[rows, k].to(now.device), weight[rows, k].to(now.device)
-            if joint is None:
-                advantage = batch.advantage[rows, k].to(now.device)
-                terms = surrogate_terms(now, old, advantage, method.surrogate, kl, objective.kl.weight, w)
-            else:
-                coefficient, part = joint.of(rows, k, now.device)
-                terms = coefficient_terms(now, old, coefficient, part, kl, objective.kl.weight, w)
-            terms.loss.backward()  # type: ignore[no-untyped-call]
-            yield int(trajectory.step[rows[0], k]), terms
+            drawn = _drawn(policy, trajectory, rows, k)
+            scores = losses.pair(method, made, drawn, x_next, (now, old.to(now.device)), trajectory.log_prob_reduction)
+            w = weight[rows, k].to(now.device)
+            found = []
+            for step, part in _by_step(trajectory.step[rows, k]):
+                new, stored = scores[0][part], scores[1][part]
+                penalty = None if kl is None else kl[part]
+                if joint is None:
+                    advantage = batch.advantage[rows[part], k].to(now.device)
+                    apart = None
+                    if drawn is not None and "divergence" in method.form.needs:
+                        apart = divergence(made.mean, drawn.mean, made.std)[part, None]
+                    surrogate = partial(_with, method, apart)
+                    terms = surrogate_terms(new, stored, advantage, surrogate, penalty, objective.kl.weight, w[part])
+                else:
+                    coefficient, share = joint.of(rows[part], k, now.device)
+                    terms = coefficient_terms(new, stored, coefficient, share, penalty, objective.kl.weight, w[part])
+                found.append((step, terms))
+            torch.stack([terms.loss for _, terms in found]).sum().backward()  # type: ignore[no-untyped-call]
+            yield from found
+
+
+def _with(
+    method: losses.Chosen, divergence: Tensor | None, now: Tensor, old: Tensor, advantage: Tensor, mask: Tensor
+) -> PolicyLoss:
+    return method.surrogate(now, old, advantage, mask, divergence)
+
+
+def _by_step(step: Tensor) -> list[tuple[int, Tensor | slice]]:
+    """Rows of each step of the schedule; all of them, unindexed, where they are at one step, as most windows have it."""
+    distinct = sorted(set(step.tolist()))
+    if len(distinct) == 1:
+        return [(distinct[0], slice(None))]
+    return [(s, (step == s).nonzero().flatten()) for s in distinct]
+
+
+def _drawn(policy: Policy, trajectory: Trajectory, rows: Tensor, k: int) -> Step | None:
+    """The transition as the rollout drew it, from the network output that it kept; None where it kept none."""
+    if trajectory.value is None or trajectory.x is None or trajectory.step is None:
+        return None
+    x, step = trajectory.x[rows, k].float(), trajectory.step[rows, k]
+    return policy.made_of(x, step, trajectory.value[rows, k], trajectory.kind)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ ROWS, STEPS, SEGMENTS = len(GROUP), 6, 3
 PER_ROW = frozenset(
     "rewards group valid trajectory turn done truncated correct pivot length cost energy outcome probe prompt_value "
     "greedy_reward slot shift choice main_reward bootstrap window_start trust segment_value confidence stage_reward "
-    "answer_reward node_path online prefix prefix_id".split()
+    "answer_reward node_path online prefix prefix_id start_value seed_group".split()
 )
 
 
@@ -48,6 +48,12 @@ def _paths() -> Tensor:
     return torch.stack([root, 10 + 2 * root + order, 100 + torch.arange(ROWS)], 1)
 
 
+def _nodes() -> Tensor:
+    """A group shares two steps, its two branches two more, then every row goes alone; masked steps hold junk."""
+    paths = _paths()
+    return torch.where(mask(), paths.repeat_interleave(2, dim=1), -77)
+
+
 def _normal(*shape: int) -> Callable[[torch.Generator], Tensor]:
     return lambda g: torch.randn(*shape, generator=g)
 
@@ -62,6 +68,11 @@ MAKERS: dict[str, Callable[[torch.Generator], Any]] = {
     "weights": lambda g: torch.tensor([1.0, 2.0]),
     "mask": lambda g: mask(),
     "step_reward": lambda g: torch.where(mask(), torch.randn(ROWS, STEPS, generator=g), 0.0),
+    "step_value": lambda g: 0.05 + 0.9 * torch.rand(ROWS, STEPS, generator=g),
+    "start_value": lambda g: 0.05 + 0.9 * torch.rand(ROWS, generator=g),
+    "step": lambda g: torch.arange(STEPS).expand(ROWS, STEPS).clone(),
+    "node": lambda g: _nodes(),
+    "seed_group": lambda g: _paths()[:, 1],
     "trajectory": lambda g: torch.arange(ROWS),
     "segment": lambda g: segments(),
     "anchor": lambda g: (torch.arange(STEPS) + 10).expand(ROWS, STEPS).clone(),

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowrl.advantage.baselines import METHODS, gpg, pass_at_k, poise, read_rows, remax, v0, v0_budget
+from flowrl.advantage.baselines import METHODS, gpg, pass_at_k, poise, remax, v0, v0_budget
 from flowrl.advantage.estimators import dr_grpo, rloo
+from flowrl.advantage.inputs import read_rows
 from flowrl.advantage.record import Advantage
 
 SEEDS = range(12)
@@ -254,7 +255,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: poise(ROW, IDS, torch.ones(2, dtype=torch.complex64)), "probe: expected real"),
     (
         lambda: poise(ROW, IDS, torch.tensor([0.0, math.nan])),
-        "probe: expected finite on the rows that count, got nan at row 1",
+        "probe: expected finite values where they count, got nan at row 1",
     ),
     (lambda: poise(ROW, IDS, ROW, target="mine"), "target: .*'mine'"),  # type: ignore[arg-type]
     (lambda: poise(ROW, IDS, ROW, singleton="x"), "singleton"),  # type: ignore[arg-type]

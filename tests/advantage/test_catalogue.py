@@ -12,7 +12,7 @@ from flowrl import advantage
 from flowrl.advantage import AGGREGATIONS, ESTIMATORS, METHODS, POLICY_LOSSES, Method
 from flowrl.advantage.pipeline import inputs_of
 from flowrl.objectives import METHODS as OBJECTIVE_METHODS
-from flowrl.objectives import OBJECTIVES
+from flowrl.objectives import FORMS
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = METHODS + OBJECTIVE_METHODS
@@ -43,7 +43,7 @@ def test_entries_are_unique_and_complete() -> None:
 
     assert keys("estimator") == set(ESTIMATORS)
     assert keys("aggregation") == set(AGGREGATIONS)
-    assert {m.key for m in OBJECTIVE_METHODS} == set(OBJECTIVES)
+    assert {m.key for m in OBJECTIVE_METHODS} == set(FORMS)
     assert keys("policy_loss") == set(POLICY_LOSSES)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowrl.advantage.estimators import grpo
-from flowrl.advantage.local_terms import Norm, a2tgpo, capo_credit, combine, mt_grpo, normalise, read_segments
+from flowrl.advantage.inputs import read_segments
+from flowrl.advantage.local_terms import Norm, a2tgpo, capo_credit, combine, mt_grpo, normalise
 from flowrl.advantage.segments import Groups
 
 from .local_cases import NAN, close, defaults, on_steps, outcome_loop, ragged, standardise

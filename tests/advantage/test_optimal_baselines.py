@@ -253,7 +253,7 @@ ROW, ONE = torch.tensor([1.0, 0.0]), torch.ones(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: opo(ROW, PAIR, torch.ones(3)), r"cost: expected real \[2\]"),
-    (lambda: opo(ROW, PAIR, torch.tensor([1.0, -1.0])), "cost: expected finite and >= 0 .*got -1 at row 1"),
+    (lambda: opo(ROW, PAIR, torch.tensor([1.0, -1.0])), "cost: expected finite values and >= 0 .*got -1 at row 1"),
     (lambda: optimal_baseline(ROW, PAIR, torch.tensor([1.0, math.nan])), "energy: .*got nan"),
     (lambda: opo(ROW, PAIR, ROW, singleton="x"), "singleton"),  # type: ignore[arg-type]
     (lambda: snr_lr(ROW, torch.ones(3)), "gradient_variance"),

@@ -22,6 +22,10 @@ PROPERTIES = frozenset(
 )
 
 
+# What a method may earn by.
+REWARDS = ("rewards", "step_reward", "stage_reward", "answer_reward", "segment_value", "step_value", "start_value")
+
+
 def without(methods: list[Method], name: str) -> list[Any]:
     return [pytest.param(m, id=m.key) for m in methods if name not in m.exempt]
 
@@ -64,7 +68,7 @@ def test_padding(method: Method) -> None:
 def moved(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """Other rewards and other step rewards in ``rows``."""
     found = dict(inputs)
-    for name in ("rewards", "step_reward", "stage_reward", "answer_reward", "segment_value"):
+    for name in REWARDS:
         if name in found:
             x = found[name].clone()
             x[rows] = x[rows] * 0.5 + torch.where(x[rows] != 0, 0.07, 0.0)
@@ -82,7 +86,7 @@ def test_isolation(method: Method) -> None:
 
 
 def rewards_named(inputs: dict[str, Any]) -> list[str]:
-    return [n for n in ("rewards", "step_reward", "stage_reward", "answer_reward", "segment_value") if n in inputs]
+    return [n for n in REWARDS if n in inputs]
 
 
 @pytest.mark.parametrize("method", without(ESTIMATORS, "shift"))

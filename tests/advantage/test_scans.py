@@ -7,16 +7,9 @@ import math
 import pytest
 import torch
 
-from flowrl.advantage.scans import (
-    backward_scan,
-    check_choice,
-    check_share,
-    gae_scan,
-    last_step,
-    next_step,
-    read_path,
-    step_result,
-)
+from flowrl.advantage.checks import check_choice, check_share
+from flowrl.advantage.scans import backward_scan, gae_scan, last_step, next_step, read_path
+from flowrl.advantage.statistics import step_result
 
 from .paths import NAN
 

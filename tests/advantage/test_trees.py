@@ -329,7 +329,7 @@ SURE = {"max_probability": 0.9}
         (spo_tree, TREE, {"node_path": BRANCHES[:, 0]}, "node_path"),
         (spo_tree, TREE, {"node_path": BRANCHES[:3]}, "node_path"),
         (spo_tree, TREE, {"node_path": BRANCHES[:, :0]}, "node_path"),
-        (spo_tree, TREE, {"node_path": BRANCHES[:, :1]}, r"segment: expected -1 .. 0 .* got 1"),
+        (spo_tree, TREE, {"node_path": BRANCHES[:, :1]}, r"segment: expected ids in -1 .. 0 .* got 0 .. 1"),
         (spo_tree, TREE, {"segment": TWO - 2}, "segment: .* got -2"),
         (spo_tree, TREE, {"segment": TWO.int()}, "segment"),
         (spo_tree, TREE, {"segment": TWO[:, :1]}, "segment"),

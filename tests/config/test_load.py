@@ -35,6 +35,8 @@ def other_value(annotation: Any, now: Any) -> Any:
     """A value of the right type that differs from ``now``."""
     if get_origin(annotation) is Literal:
         return next(option for option in get_args(annotation) if option != now)
+    if annotation == tuple[int, ...]:
+        return (1, 2)
     if annotation == tuple[str, ...]:
         return ("other",)
     if annotation == tuple[float, float]:

@@ -56,22 +56,25 @@ def add_entry_points(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str, 
     )
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "reward", "advantage", "policy_loss", "objective", "kernel"])
+@pytest.mark.parametrize("kind", ["pipeline", "reward", "advantage", "policy_loss", "objective", "surrogate", "kernel"])
 def test_every_built_in_name_resolves(kind: str) -> None:
     for name in registry.names(kind):
-        assert callable(registry.resolve(kind, name)), name
+        found = registry.resolve(kind, name)
+        assert name in found if kind == "objective" else callable(found), name
 
 
 def test_tables_agree_with_the_catalogues() -> None:
     from flowrl.advantage.catalogue import METHODS
     from flowrl.dynamics.kernels import KERNELS
-    from flowrl.objectives import OBJECTIVES
+    from flowrl.objectives import FORMS
+    from flowrl.objectives.surrogates import SURROGATES
 
     for name, kind in (("advantage", "estimator"), ("policy_loss", "policy_loss")):
         calls = {method.key: method.call for method in METHODS if method.kind == kind}
         assert {key: registry.resolve(name, key) for key in registry.names(name)} == calls
     assert registry.names("kernel") == sorted(KERNELS)
-    assert registry.names("objective") == sorted(OBJECTIVES)
+    assert registry.names("objective") == sorted(name for name, form in FORMS.items() if form.transforms or form.ratio == "policy_flow")
+    assert {name: registry.resolve("surrogate", name) for name in registry.names("surrogate")} == SURROGATES
     assert {name: registry.resolve("kernel", name) for name in KERNELS} == KERNELS
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowrl.dynamics import StepPoint, mean_slope, transition
+from flowrl.dynamics import KERNELS, StepPoint, endpoints, mean_slope, transition
 from flowrl.records import Schedule
+
+Velocity = Callable[[Tensor, float], Tensor]
 
 
 def flow_schedule(times: Sequence[float] | Tensor) -> Schedule:
@@ -107,3 +109,53 @@ def affine_chain(kernel: str, noise: float, schedule: Schedule, s: float) -> Cha
     mean, std = transition(kernel, noise, x, x - point.sigma * velocity, x + point.alpha * velocity, point)
     slope = mean_slope(kernel, noise, point)
     return Chain(*(value.double().flatten() for value in (mean, std.expand_as(mean), slope)))
+
+
+def sample(
+    kernel: str, noise: float, schedule: Schedule, x: Tensor, velocity: Velocity, generator: torch.Generator
+) -> Tensor:
+    """Draw the whole chain from x [n, 1] with the real kernels."""
+    for k in range(schedule.steps):
+        point = StepPoint.of(schedule, torch.tensor([k]), 2)
+        ends = endpoints(x, velocity(x, float(schedule.t[k])), "velocity", point.alpha, point.sigma)
+        mean, std = transition(kernel, noise, x, *ends, point)
+        x = mean + std * torch.randn(x.shape, generator=generator)
+    return x
+
+
+def double_points(times: Tensor) -> StepPoint:
+    """All steps of a flow's grid at once in float64, [T, 1]: the kernels compute in whatever they are given."""
+    t = times.double()[:, None]
+    first, last = t[1].expand_as(t[1:]), t[-1].expand_as(t[1:])
+    return StepPoint(t[:-1], 1 - t[:-1], t[:-1], t[1:], 1 - t[1:], t[1:], first, last)
+
+
+def double_chain(kernel: str, noise: float, times: Tensor, data: Gaussian) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor, constant and std of each step, float64 [T], off the real kernels, with the exact velocity of ``data``."""
+    point = double_points(times)
+
+    def mean_at(value: float) -> tuple[Tensor, Tensor]:
+        x = torch.full_like(point.t, value)
+        return KERNELS[kernel](noise, x, *endpoints_in_double(x, data.velocity(x, point.t), point), point)
+
+    (constant, std), (moved, _) = mean_at(0.0), mean_at(1.0)
+    return (moved - constant).flatten(), constant.flatten(), torch.as_tensor(std).expand_as(constant).flatten()
+
+
+def endpoints_in_double(x: Tensor, velocity: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
+    return x - point.t * velocity, x + (1 - point.t) * velocity
+
+
+def moments(kernel: str, noise: float, times: Tensor, data: Gaussian) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a chain at each time, float64 [T + 1], started from the exact marginal."""
+    start = float(times[0])
+    means, variances = [(1 - start) * data.m], [float(data.variance(start))]
+    for factor, constant, std in zip(*(v.tolist() for v in double_chain(kernel, noise, times, data)), strict=True):
+        means.append(factor * means[-1] + constant)
+        variances.append(factor**2 * variances[-1] + std**2)
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64)
+
+
+def variance_preserving(steps: int) -> Schedule:
+    t = torch.linspace(0.98, 0.0, steps + 1)
+    return Schedule(t=t, alpha=torch.cos(t * math.pi / 2), sigma=torch.sin(t * math.pi / 2))

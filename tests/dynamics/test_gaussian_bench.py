@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowrl.dynamics import MEMORYLESS_NOISE, StepPoint, endpoints, transition
-from flowrl.records import Schedule
+from flowrl.dynamics import MEMORYLESS_NOISE
 
-from .gaussian import Gaussian, affine_chain, flow_schedule, uniform_schedule
+from .gaussian import Gaussian, affine_chain, flow_schedule, sample, uniform_schedule
 
-Velocity = Callable[[Tensor, float], Tensor]
 COLUMNS = (("ode", 0.0), ("flow_sde", 0.7), ("cps", 0.8), ("precise", 0.7))
+NEW = (("memoryless", 1.0), ("precise_dance", 0.3), ("wan_sde", 1.0))
 TERMINAL_VARIANCE = {
     (1, 5): (0.5937, 0.8385, 0.4281, 0.5548),
     (1, 10): (0.7726, 0.9313, 0.5237, 0.7407),
@@ -31,18 +29,6 @@ TERMINAL_VARIANCE = {
     (0, 10): (0, 0.0069, 0, 0),
     (0, 40): (0, 0.0004, 0, 0),
 }
-
-
-def sample(
-    kernel: str, noise: float, schedule: Schedule, x: Tensor, velocity: Velocity, generator: torch.Generator
-) -> Tensor:
-    """Draw the whole chain from x [n, 1] with the real kernels."""
-    for k in range(schedule.steps):
-        point = StepPoint.of(schedule, torch.tensor([k]), 2)
-        ends = endpoints(x, velocity(x, float(schedule.t[k])), "velocity", point.alpha, point.sigma)
-        mean, std = transition(kernel, noise, x, *ends, point)
-        x = mean + std * torch.randn(x.shape, generator=generator)
-    return x
 
 
 @pytest.mark.parametrize(("s", "steps"), TERMINAL_VARIANCE)
@@ -78,15 +64,16 @@ def test_one_row_of_the_table_by_sampling(kernel: str, noise: float) -> None:
 
 
 @pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("kernel", "noise"), [*COLUMNS, ("dance_sde", 0.3), ("ddim", 0.6)])
+@pytest.mark.parametrize(("kernel", "noise"), [*COLUMNS, ("dance_sde", 0.3), ("ddim", 0.6), *NEW])
 def test_factors_equal_the_closed_recursion(kernel: str, noise: float, s: float) -> None:
     schedule = uniform_schedule(10)
     chain = affine_chain(kernel, noise, schedule, s)
     for k in range(10):
-        t, t_next = 1 - k / 10, 1 - (k + 1) / 10
+        t, t_next = 1 - k / 10, (9 - k) / 10
         slope = float(Gaussian(0.0, s).slope(t))
-        if kernel in ("flow_sde", "dance_sde"):
-            g = noise if kernel == "dance_sde" else noise * math.sqrt(t / (1 - (0.9 if k == 0 else t)))
+        if kernel in ("flow_sde", "dance_sde", "wan_sde"):
+            below_one = 0.9 if k == 0 else t
+            g = {"dance_sde": noise, "wan_sde": 0.9 * t}.get(kernel, noise * math.sqrt(t / (1 - below_one)))
             factor = 1 - g**2 * 0.1 / (2 * t) - slope * (1 + g**2 * (1 - t) / (2 * t)) * 0.1
             std = g * math.sqrt(0.1)
         else:
@@ -96,6 +83,8 @@ def test_factors_equal_the_closed_recursion(kernel: str, noise: float, s: float)
                 "cps": math.cos(noise * math.pi / 2),
                 "precise": kept ** (noise**2 / 2),
                 "ddim": math.sqrt(1 - noise**2 * (1 - kept**2)),
+                "memoryless": kept,
+                "precise_dance": math.exp(-(noise**2) / 2 * (1 / t_next - 1 / t)) if k < 9 else 0.0,
             }[kernel]
             factor = (1 - t_next) * (1 - t * slope) + t_next * rho * (1 + (1 - t) * slope)
             std = t_next * math.sqrt(1 - rho**2)
@@ -206,7 +195,7 @@ def mixture_velocity(x: Tensor, t: float) -> Tensor:
     return (logits.softmax(1) * torch.cat([d.velocity(x, t) for _, d in parts], 1)).sum(1, keepdim=True).float()
 
 
-@pytest.mark.parametrize(("kernel", "noise"), [*MARGINAL_KEEPERS, ("precise", 0.7), ("ddim", 1.0)])
+@pytest.mark.parametrize(("kernel", "noise"), [*MARGINAL_KEEPERS, ("precise", 0.7), ("memoryless", 1.0)])
 def test_stochastic_kernels_keep_a_mixture(kernel: str, noise: float) -> None:
     count, generator = 12_000, torch.Generator().manual_seed(5)
     schedule = uniform_schedule(400)

@@ -23,9 +23,13 @@ from flowrl.dynamics import (
 )
 from flowrl.records import Schedule
 
-from .gaussian import Gaussian, flow_schedule, sd3_schedule, uniform_schedule
+from .gaussian import Gaussian, flow_schedule, sd3_schedule, uniform_schedule, variance_preserving
 
-NOISES = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "precise": 0.7, "ddim": 0.6}
+NOISES = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "precise": 0.7, "ddim": 0.6} | {
+    "memoryless": 1.0,
+    "precise_dance": 0.3,
+    "wan_sde": 1.0,
+}
 
 
 def latents(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -35,11 +39,6 @@ def latents(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def step_flow(name: str, noise: float, x: Tensor, velocity: Tensor, point: StepPoint) -> tuple[Tensor, Tensor]:
     return transition(name, noise, x, *endpoints(x, velocity, "velocity", point.alpha, point.sigma), point)
-
-
-def variance_preserving(steps: int) -> Schedule:
-    t = torch.linspace(0.98, 0.0, steps + 1)
-    return Schedule(t=t, alpha=torch.cos(t * math.pi / 2), sigma=torch.sin(t * math.pi / 2))
 
 
 # Golden point: m = 1, s = .5, t = .6 -> .5, x = .2, exact velocity -1.25.
@@ -53,6 +52,10 @@ def variance_preserving(steps: int) -> Schedule:
         ("dance_sde", 0.3, 0.327250, 0.094868),
         ("cps", 0.8, 0.428647, 0.475528),
         ("precise", 0.7, 0.339185, 0.212242),
+        ("ddim", 0.6, 0.340836, 0.223607),  # rho = sqrt(.8)
+        ("memoryless", 1.0, 0.375, 0.372678),  # rho = 2 / 3
+        ("precise_dance", 0.3, 0.327233, 0.085957),  # rho = exp(-.015)
+        ("wan_sde", 1.0, 0.328240, 0.113842),  # g = .6 * .6
     ],
 )
 def test_golden_point(name: str, noise: float, mean: float, std: float) -> None:
@@ -114,7 +117,9 @@ def test_euler_maruyama_equals_its_velocity_and_score_forms(name: str, a: float)
         assert std[k].item() == pytest.approx(g * math.sqrt(-dt), rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "noise"), [("ode", 0.5), ("cps", 0.0), ("precise", 0.0), ("ddim", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "noise"), [("ode", 0.5), ("cps", 0.0), ("precise", 0.0), ("ddim", 0.0), ("precise_dance", 0.0)]
+)
 def test_without_noise_every_mixing_kernel_is_the_euler_step(name: str, noise: float) -> None:
     point = StepPoint.of(sd3_schedule(10), torch.arange(10), 4)
     x, v = latents(10)
@@ -340,14 +345,23 @@ def test_next_latent_rounds_a_float32_sum() -> None:
             "zzz",
             0.7,
             uniform_schedule(4),
-            "unknown kernel 'zzz'; use one of ode, flow_sde, dance_sde, cps, precise, ddim",
+            "unknown kernel 'zzz'; use one of ode, flow_sde, dance_sde, cps, precise, ddim, memoryless, precise_dance",
         ),
         ("flow_sde", -0.1, uniform_schedule(4), "rollout.kernel.noise: -0.1 is not a noise level"),
         ("flow_sde", math.nan, uniform_schedule(4), "rollout.kernel.noise: nan is not a noise level"),
         ("cps", 1.2, uniform_schedule(4), r"rollout.kernel.noise: 1.2 is too large for cps; its eta lies in \[0, 1\]"),
         ("ddim", 1.2, uniform_schedule(4), "1.2 is too large for ddim"),
-        ("flow_sde", 0.7, variance_preserving(4), "flow_sde is for flow models .*use one of cps, ddim, ode, precise"),
+        (
+            "flow_sde",
+            0.7,
+            variance_preserving(4),
+            "flow_sde is for flow .*use one of cps, ddim, memoryless, ode, precise$",
+        ),
         ("dance_sde", 0.3, variance_preserving(4), "dance_sde is for flow models"),
+        ("precise_dance", 0.3, variance_preserving(4), "precise_dance is for flow models"),
+        ("wan_sde", 1.0, variance_preserving(4), "wan_sde is for flow models"),
+        ("memoryless", 0.0, uniform_schedule(4), "0 does not silence memoryless, whose noise is fixed"),
+        ("wan_sde", 0.0, uniform_schedule(4), "0 does not silence wan_sde"),
         ("ode", 0.0, flow_schedule([0.0, 0.5, 1.0]), "times must fall strictly from at most 1"),
         ("ode", 0.0, flow_schedule([1.0, 0.4, 0.5, 0.0]), "times must fall strictly from at most 1"),
         ("ode", 0.0, flow_schedule([1.0, 0.5, 0.5, 0.0]), "times must fall strictly from at most 1"),
@@ -364,7 +378,7 @@ def test_kernels_that_can_run_pass() -> None:
     for name, noise in NOISES.items():
         check_kernel(name, noise, sd3_schedule(10))
     check_kernel("flow_sde", 1.5, sd3_schedule(28))
-    for name in ("ode", "cps", "precise", "ddim"):
+    for name in ("ode", "cps", "precise", "ddim", "memoryless"):
         check_kernel(name, NOISES[name], variance_preserving(10))
 
 

@@ -67,7 +67,10 @@ def test_the_last_fitting_window_ends_before_the_last_step() -> None:
             ("sliding", 2, 0, 2, 0, 8),
             "rollout.window.every: a sliding window cannot move every 0 iterations; use at least 1",
         ),
-        (("slide", 2, 0, 2, 5, 8), "rollout.window.kind: unknown kind 'slide'; use one of full, random, sliding"),
+        (
+            ("slide", 2, 0, 2, 5, 8),
+            "rollout.window.kind: unknown kind 'slide'; use one of full, random, sliding, iso_temporal",
+        ),
         (
             ("full", 2, 0, 2, 5, 1),
             "rollout.steps: 1 leaves no stochastic step, as the last one is deterministic; use at least 2",

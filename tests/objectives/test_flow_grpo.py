@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowrl.objectives import OBJECTIVES, LossTerms, flow_grpo_loss, merge_terms
+from flowrl.objectives import LossTerms, flow_grpo_loss, merge_terms
 
 SIZE = 24
 
@@ -193,10 +193,6 @@ def test_half_precision_is_computed_in_float32() -> None:
     wide = {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in half.items()}
     assert flow_grpo_loss(**half).loss.dtype == torch.float32
     assert flow_grpo_loss(**half).loss.item() == pytest.approx(flow_grpo_loss(**wide).loss.item(), rel=1e-6)
-
-
-def test_it_is_registered() -> None:
-    assert OBJECTIVES["flow_grpo"] is flow_grpo_loss
 
 
 @pytest.mark.parametrize("name", ["old_log_prob", "advantage", "kl", "weight"])

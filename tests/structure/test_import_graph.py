@@ -28,9 +28,11 @@ RANKS = {
     "training": 6,
     "text": 6,
     "doctor": 6,
+    "cost": 5,
     "plan": 6,
     "methods": 6,
     "api": 7,
+    "comparison": 7,
     "integrations": 7,
     "cli": 7,
     # Outside the library proper: they import ranks 0 to 3, and flowrl/ never imports them.
@@ -43,7 +45,10 @@ RANKS = {
 # Single modules of rank 1 that may know one another.
 CORE = {"records", "protocols", "registry", "rng", "errors"}
 # Equal ranks that may meet, from -> to.
-MEETINGS = {("cli", "api"): "the command line is the public Python face with words around it"}
+MEETINGS = {
+    ("cli", "api"): "the command line is the public Python face with words around it",
+    ("cli", "comparison"): "one command, kept out of the command line for its length",
+}
 # The package's own face reaches upward, lazily; test_imports.py checks that it stays light.
 FACES = {"flowrl/__init__.py"}
 

@@ -1,0 +1,192 @@
+"""The first half of an iteration: draw, roll out, decode, score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flowrl.config.schema import Config
+from flowrl.credit.values import spread_values
+from flowrl.data.sampler import Drawn
+from flowrl.distributed.backend import Backend
+from flowrl.dynamics.windows import WindowRule, group_windows
+from flowrl.performance.timers import Stopwatch
+from flowrl.protocols import PipelineAdapter
+from flowrl.records import PromptRow, Request, RewardBatch, Trajectory
+from flowrl.rollout.policy import Policy, Prompted
+from flowrl.rollout.sampling import Groups, RolloutPlan, concatenate, first_of_each, rollout
+from flowrl.scoring.runtime import RewardRuntime, Scored, join
+from flowrl.training import metrics
+from flowrl.training.states import estimates, valued_states
+
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StateValues:
+    """Rewards of intermediate states, NaN where there is none. start: float64 [B]; step: float64 [B, K]."""
+
+    start: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One process's rollout with its scores; ``row`` maps samples to rows of ``prompted``."""
+
+    trajectory: Trajectory
+    prompted: Prompted
+    row: Tensor
+    scored: Scored
+    first_chunk: Tensor
+    values: StateValues | None = None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Which iteration this is: the key of its noise, and the weights that draw."""
+
+    seed: int
+    iteration: int
+    policy_version: int
+
+
+def request_of(config: Config, row: PromptRow) -> Request:
+    """What a prompt asks of this run's model."""
+    model = config.model
+    return Request(row.prompt, row.prompt_id, model.height, model.width, metadata=row.metadata)
+
+
+class Collector:
+    """Draws trajectories for given groups and scores what they end in, and what they pass through where asked.
+
+    keep: further records of each transition that the update needs (see RolloutPlan).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        rewards: RewardRuntime,
+        rows: Sequence[PromptRow],
+        backend: Backend,
+        clock: Stopwatch,
+        keep: frozenset[str],
+    ) -> None:
+        self.config, self.policy, self.rewards, self.rows = config, policy, rewards, rows
+        self.backend, self.clock = backend, clock
+        self.keep = keep | ({"x0_hat"} if config.credit.values == "x0" else frozenset())
+
+    @property
+    def adapter(self) -> PipelineAdapter:
+        return self.policy.adapter
+
+    def collect(self, drawn: Sequence[Drawn], size: int | Tensor, visit: Visit) -> Collected:
+        """Roll out and score the groups ``drawn`` of this process. size: members of each, or int64 [P]."""
+        requests = [request_of(self.config, self.rows[d.prompt_id]) for d in drawn]
+        with self.clock.phase("encode"):
+            prompted = self.policy.encode(requests)
+        groups = Groups(
+            prompt_id=torch.tensor([d.prompt_id for d in drawn]),
+            occurrence=torch.tensor([d.occurrence for d in drawn]),
+            group_id=torch.tensor([d.group_id for d in drawn]),
+            prompted=prompted,
+            size=size,
+        )
+        row = torch.arange(len(drawn)).repeat_interleave(groups.sizes)
+        parts: list[Trajectory] = []
+        pending: list[Future[Scored]] = []
+        made = rollout(self.policy, groups, self._plan(groups, visit))
+        while True:
+            with self.clock.phase("rollout"):
+                part = next(made, None)
+            if part is None:
+                break
+            start = sum(len(p) for p in parts)
+            parts.append(part)
+            asked = [requests[i] for i in row[start : start + len(part)].tolist()]
+            pending.append(self._submit(part.x0, part.group_id, asked))
+        scored = self._wait(pending)
+        trajectory = concatenate(parts)
+        scored = replace(scored, valid=scored.valid & metrics.finite_rows(trajectory.x0).numpy())
+        self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.valid)).numpy())
+        values = (
+            self._values(trajectory, prompted, row, requests, scored) if self.config.credit.values != "none" else None
+        )
+        return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])), values)
+
+    def _plan(self, groups: Groups, visit: Visit) -> RolloutPlan:
+        config, rollout_ = self.config, self.config.rollout
+        stochastic, trained = group_windows(
+            WindowRule(**vars(rollout_.window)), rollout_.steps, visit.iteration, visit.seed,
+            groups.prompt_id, groups.occurrence,
+        )  # fmt: skip
+        return RolloutPlan(
+            shape=self.adapter.latent_shape(request_of(self.config, self.rows[0])), steps=(), shared=rollout_.share_prefix,
+            chunk=config.batch.micro_batch, storage_dtype=STORAGE[rollout_.storage_dtype],
+            reduction=config.objective.log_prob_reduction, seed=visit.seed, iteration=visit.iteration,
+            policy_version=visit.policy_version, stochastic=stochastic, trained=trained, seeds=rollout_.seeds,
+            splits=dict.fromkeys(rollout_.splits, rollout_.children), keep=self.keep, solver=rollout_.solver,
+        )  # fmt: skip
+
+    def _submit(self, x0: Tensor, group_id: Tensor, requests: Sequence[Request]) -> Future[Scored]:
+        with self.clock.phase("decode"):
+            images = self.adapter.decode(x0, requests[0])
+            # A latent that is not finite shows as black; its sample is masked by finite_rows.
+            pixels = (images.nan_to_num(0.0) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        with self.clock.phase("reward"):
+            return self.rewards.submit(
+                RewardBatch(
+                    images=pixels,
+                    prompts=[r.prompt for r in requests],
+                    metadata=[r.metadata for r in requests],
+                    group_ids=group_id.tolist(),
+                    latents=x0,
+                )
+            )
+
+    def _wait(self, pending: Sequence[Future[Scored]]) -> Scored:
+        with self.clock.phase("reward"):
+            return join([p.result() for p in pending])
+
+    def _values(
+        self, trajectory: Trajectory, prompted: Prompted, row: Tensor, requests: Sequence[Request], scored: Scored
+    ) -> StateValues:
+        """Score an estimate of the finished picture at the states that the config asks for, each distinct state once."""
+        where, with_start = valued_states(trajectory, self.config)
+        columns = []
+        for slot in range(len(where.states)):
+            if slot == 0 and not with_start:
+                columns.append(torch.full((len(trajectory),), torch.nan, dtype=torch.float64))
+                continue
+            columns.append(self._values_at(slot, where.after, trajectory, prompted, row, requests))
+        outcome = torch.where(torch.from_numpy(scored.valid), torch.from_numpy(scored.scores).double(), torch.nan)
+        start, step = spread_values(torch.stack(columns, 1), outcome, where, "linear" if with_start else "hold")
+        return StateValues(start, step)
+
+    def _values_at(
+        self,
+        slot: int,
+        after: Sequence[int],
+        trajectory: Trajectory,
+        prompted: Prompted,
+        row: Tensor,
+        requests: Sequence[Request],
+    ) -> Tensor:
+        """Rewards at one state of every sample: float64 [B], NaN where a reward failed."""
+        if trajectory.state is None or trajectory.node is None:
+            raise ValueError("values: this trajectory does not say which samples share a state")
+        ids = trajectory.state[:, 0] if slot == 0 else trajectory.node[:, after[slot - 1]]
+        first, place = first_of_each(ids)
+        pending = []
+        for rows in torch.split(first, self.config.batch.micro_batch):
+            with self.clock.phase("rollout"):
+                x0 = estimates(self.policy, self.config.credit, trajectory, prompted, row, rows, slot, after)
+            pending.append(self._submit(x0, trajectory.group_id[rows], [requests[i] for i in row[rows].tolist()]))
+        found = self._wait(pending)
+        scores = torch.where(torch.from_numpy(found.valid), torch.from_numpy(found.scores).double(), torch.nan)
+        return scores[place]
