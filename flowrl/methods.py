@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 
 from flowrl import registry
 from flowrl.advantage.catalogue import METHODS as ADVANTAGE_METHODS
@@ -41,6 +42,8 @@ class Entry:
 
 _KERNELS = "tests/dynamics/test_kernels.py::"
 _BENCH = "tests/dynamics/test_gaussian_bench.py::"
+_FAMILY = "tests/dynamics/test_kernel_family.py::"
+_LAWS = "tests/dynamics/test_bench_laws.py::"
 
 
 def _kernel(key: str, tier: int, paper: str, title: str, evidence: Mapping[str, str]) -> Entry:
@@ -96,6 +99,33 @@ KERNELS = (
             "formula": _KERNELS + "test_precise_solves_the_frozen_equation",
             "identity": _KERNELS + "test_full_ddim_is_memoryless_precise",
         },
+    ),
+    _kernel(
+        "precise_dance",
+        2,
+        "2605.23522",
+        "PRECISE with DanceGRPO's constant g",
+        {
+            "formula": _FAMILY + "test_precise_dance_solves_the_frozen_equation",
+            "identity": _FAMILY + "test_euler_maruyama_is_the_first_order_part_of_the_exact_step",
+        },
+    ),
+    _kernel(
+        "memoryless",
+        2,
+        "2409.08861",
+        "memoryless SDE, g^2 = 2t / (1 - t), solved exactly over a step",
+        {
+            "formula": _LAWS + "test_steps_of_a_memoryless_chain_add_up_to_the_divergence_of_the_data",
+            "identity": _FAMILY + "test_memoryless_is_full_ddim_and_precise_at_root_two",
+        },
+    ),
+    _kernel(
+        "wan_sde",
+        2,
+        "2505.05470",
+        "the SDE of Flow-GRPO's public Wan script, g = t_1 t",
+        {"formula": _FAMILY + "test_wan_form_equals_its_velocity_form"},
     ),
     Entry(
         key="ddim",
@@ -162,7 +192,35 @@ def methods_markdown(kinds: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-_CONFIG = {"estimator": ("advantage.name", engine.SUPPLIED), "policy_loss": ("objective.loss", engine.LOSS_INPUTS)}
+# What a method needs of a run beside its own name, for the default eight steps and groups of sixteen: kind, key, overrides.
+_RUNS = """
+objective dance_grpo objective.name=dance_grpo rollout.kernel.name=dance_sde rollout.kernel.noise=0.3 {full} {part}
+objective flow_grpo_fast objective.name=flow_grpo_fast rollout.window.kind=random
+objective mix_grpo objective.name=mix_grpo rollout.window.kind=sliding
+objective tempflow objective.name=tempflow advantage.name=seed_grpo rollout.seeds=4 rollout.window.size=1
+objective flash_grpo objective.name=flash_grpo rollout.window.kind=iso_temporal rollout.window.size=1
+objective dpok objective.name=dpok objective.kl.form=paper objective.kl.weight=0.01
+estimator vgpo advantage.name=vgpo credit.values=x0 advantage.options.shift=0.1
+estimator step_credit advantage.name=step_credit credit.values=x0
+estimator dense_grpo advantage.name=dense_grpo credit.values=ode
+estimator stepwise advantage.name=stepwise credit.values=x0
+estimator tp_grpo advantage.name=tp_grpo credit.values=ode
+estimator seed_grpo advantage.name=seed_grpo rollout.seeds=4
+estimator branch_grpo advantage.name=branch_grpo {full} rollout.splits=[0,2,4,6]
+estimator tree_grpo advantage.name=tree_grpo {full} rollout.splits=[0,2,4,6]
+selection best_worst_k batch.selection.name=best_worst
+selection d3s batch.selection.name=d3s
+selection knapsack batch.allocation.name=knapsack
+selection vade batch.allocation.name=vade
+""".format(full="rollout.window.kind=full rollout.window.first=0", part="rollout.window.fraction=0.6")
+RUNS: Mapping[tuple[str, str], str] = MappingProxyType(
+    {(kind, key): run for kind, key, run in (line.split(" ", 2) for line in _RUNS.strip().splitlines())}
+)
+
+_CONFIG = {
+    "estimator": ("advantage.name", engine.SUPPLIED | engine.VALUES),
+    "policy_loss": ("objective.loss", engine.LOSS_INPUTS),
+}
 
 
 def _entry(method: Method) -> Entry:
@@ -178,6 +236,7 @@ def _entry(method: Method) -> Entry:
             config = config or ("" if refusal else f"{key}={method.key}")
         elif method.tokens_only:
             refusal = method.tokens_only
+    config = RUNS.get((method.kind, method.key), config)
     return Entry(
         method.key, method.kind, method.tier, method.paper_id, method.title, dict(method.evidence), config,
         refusal, inputs, options, dict(method.exempt),

@@ -33,7 +33,7 @@ def test_every_piece_of_evidence_exists() -> None:
 def test_every_config_of_the_table_runs() -> None:
     for row in methods.entries():
         if row.config:
-            assert validate(load("demo", [row.config])) == [], row
+            assert validate(load("demo", row.config.split())) == [], row
 
 
 def test_every_name_a_config_takes_is_in_the_table() -> None:
