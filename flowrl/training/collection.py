@@ -88,10 +88,12 @@ class Collector:
     def collect(self, drawn: Sequence[Drawn], size: int | Tensor, visit: Visit) -> Collected:
         """Roll out and score the groups ``drawn`` of this process. size: members of each, or int64 [P]."""
         requests = [request_of(self.config, self.rows[d.prompt_id]) for d in drawn]
+        prompt_id = torch.tensor([d.prompt_id for d in drawn])
+        first, place = first_of_each(prompt_id)  # a prompt drawn twice is encoded once
         with self.clock.phase("encode"):
-            prompted = self.policy.encode(requests)
+            prompted = self.policy.encode([requests[i] for i in first.tolist()])[place]
         groups = Groups(
-            prompt_id=torch.tensor([d.prompt_id for d in drawn]),
+            prompt_id=prompt_id,
             occurrence=torch.tensor([d.occurrence for d in drawn]),
             group_id=torch.tensor([d.group_id for d in drawn]),
             prompted=prompted,

@@ -75,6 +75,33 @@ class _Constant:
         return RewardResult(np.full(n, 0.5, np.float32), np.ones(n, bool), [None] * n)
 
 
+def test_a_prompt_drawn_twice_is_encoded_once(tiny_sd3: Path) -> None:
+    trainer = make(small_config(tiny_sd3, **{"batch.groups": 4}))
+    trainer.rows = trainer.collector.rows = trainer.rows[:3]
+    trainer.row_weights = None
+    seen: list[int] = []
+    encode = trainer.policy.encode
+    trainer.collector.policy = Spy(trainer.policy, lambda requests: seen.append(len(requests)) or encode(requests))
+    found = trainer._collect()
+    assert seen == [3] and len(found.prompted.positive) == 4
+    twice = [
+        i
+        for i, a in enumerate(found.trajectory.prompt_id.tolist())
+        if found.trajectory.prompt_id.tolist().count(a) == 8
+    ]
+    assert len(twice) == 8
+
+
+class Spy:
+    """A policy with its own encode."""
+
+    def __init__(self, policy, encode) -> None:
+        self._policy, self.encode = policy, encode
+
+    def __getattr__(self, name):
+        return getattr(self._policy, name)
+
+
 def test_the_plan_foretells_the_calls(tiny_sd3: Path) -> None:
     """flowrl plan's own arithmetic agrees with the hooks on the first recipe (the literal numbers above hold both)."""
     from flowrl.plan import plan
