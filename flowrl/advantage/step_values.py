@@ -62,7 +62,7 @@ def step_credit(
     normaliser: whose mean and deviation; "per_step": the members of the group at the same step (adding f(k) to all
     values of step k changes nothing), "joint": all steps of all members of the group, "global": all steps of the batch,
     ``reduce`` over ranks. "per_step" takes column k of the members for the same step, so the members of a group share
-    their trained steps. The other methods of this module are settings of this one. With "value" and every value equal
+    their trained steps. ``dense_grpo`` and ``stepwise`` are settings of it. With "value" and every value equal
     to the outcome it is ``grpo``.
     """
     check_policies(ddof, eps)

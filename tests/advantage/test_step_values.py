@@ -129,13 +129,23 @@ def test_a_shift_of_one_step_leaves_per_step_credit_alone(shaping: Any) -> None:
 
 
 def test_rounding_is_no_signal() -> None:
-    """Gains of .1 that differ in the last digit."""
-    value = torch.tensor([[0.3, 0.4], [0.7, 0.8]], dtype=torch.float64)
-    start = torch.tensor([0.2, 0.6], dtype=torch.float64)
+    """Gains of .1 that differ in the last digit of values near a million."""
+    value = torch.tensor([[0.3, 0.4], [0.7, 0.8]], dtype=torch.float64) + 1e6
+    start = torch.tensor([0.2, 0.6], dtype=torch.float64) + 1e6
     assert len(set(shape_values(value, start, ALL, "gain").flatten().tolist())) > 1
     for normaliser in ("per_step", "joint", "global"):
         result = step_credit(value, ONE, ALL, start, shaping="gain", normaliser=normaliser, eps=0.0)  # type: ignore[arg-type]
         assert not result.advantage.any() and not result.live.any() and result.loss_mask.all()
+
+
+@pytest.mark.parametrize("normaliser", ["per_step", "joint", "global"])
+def test_without_eps_the_unit_of_the_values_does_not_matter(normaliser: Any) -> None:
+    case = draw_case(2)
+    tiny = case | {name: case[name] * 1e-14 for name in ("step_value", "start_value")}
+    for shaping in ("value", "gain", "cumulative"):
+        options: dict[str, Any] = {"shaping": shaping, "normaliser": normaliser, "eps": 0.0}
+        a, b = step_credit(**case, **options), step_credit(**tiny, **options)
+        assert a.advantage.any() and torch.allclose(a.advantage, b.advantage, atol=1e-5)
 
 
 # -- TP-GRPO ------------------------------------------------------------------------------------------------------------
@@ -290,7 +300,12 @@ def test_the_absolute_term_keeps_to_the_early_part_of_the_schedule() -> None:
 
 
 def test_vgpo_refuses_values_that_make_no_weights() -> None:
-    for value in ([[0.5, -0.1], [0.5, 0.5]], [[0.5, 0.5], [0.0, 0.0]], [[0.5, 0.5], [1e-9, 1e-9]]):
+    for value in (
+        [[0.5, -0.1], [0.5, 0.5]],
+        [[0.5, 0.0], [0.5, 0.5]],
+        [[0.5, 0.5], [0.0, 0.0]],
+        [[0.5, 0.5], [1e-9, 1e-9]],
+    ):
         with pytest.raises(ValueError, match=r"step_value: .* raise the option shift"):
             vgpo(torch.tensor(value), ONE, ALL)
         assert vgpo(torch.tensor(value), ONE, ALL, shift=0.2).advantage.isfinite().all()
@@ -332,7 +347,7 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
         ({"shift": NAN}, "shift"),
         ({"eps": -1.0}, "eps"),
         ({"steps": -1}, "steps"),
-        ({"step": torch.tensor([[0, 1], [0, 1]])}, "step"),
+        ({"step": torch.tensor([[0, 0], [0, 0]])}, "step"),
         ({"step": torch.tensor([[0, 1], [0, 2]]), "steps": 2}, "step"),
         ({"step": torch.tensor([[0, 1], [-1, 1]]), "steps": 2}, "step"),
         ({"step": torch.ones(2, 2), "steps": 2}, "step"),
