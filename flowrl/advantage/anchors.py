@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
 from .checks import check_choice
 from .inputs import check_ids, check_mask, read_rewards, read_step_reward
 from .method import Method
 from .record import Advantage
-from .segments import Groups, group_any
+from .segments import Groups, group_any, number_ids
 from .statistics import Singleton, check_policies, divide, drop_rounding, group_statistics, step_result
 from .steps import reverse_scan
 
@@ -112,12 +113,34 @@ def _episode_term(
 
 
 def _step_term(turns: _Turns, to_go: Tensor, known: Tensor, group: Tensor, scale: bool, eps: float) -> Tensor:
-    """Compare the turns of a group that start in the same state: float64 [B, U], 0 for a state met once."""
-    states = Groups.of(turns.anchor.flatten())
-    pair = Groups.of(group).index[:, None] * states.number + states.index.view_as(turns.anchor)
-    s = group_statistics(to_go.flatten(), pair.flatten(), (turns.acted & known[:, None]).flatten(), 1, "zero")
-    centred = drop_rounding(s.centred, s.groups.max(s.value.abs()))
-    return (divide(centred, s.scale, eps) if scale else centred).view_as(to_go)
+    """Compare the turns of a group that start in the same state: [B, U] like ``to_go``, 0 for a state met once."""
+    state, states = number_ids(turns.anchor)
+    place, places = number_ids(Groups.of(group).index[:, None] * states + state)
+    acted = turns.acted if bool(known.all()) else turns.acted & known[:, None]
+    size, total, square = (torch.zeros(places, dtype=torch.float64, device=to_go.device) for _ in range(3))
+
+    def add(place: Tensor, to_go: Tensor, acted: Tensor) -> tuple[()]:
+        size.index_add_(0, place.flatten(), acted.double().flatten())
+        total.index_add_(0, place.flatten(), torch.where(acted, to_go, 0.0).double().flatten())
+        return ()
+
+    def centre(place: Tensor, to_go: Tensor, acted: Tensor) -> tuple[Tensor]:
+        middle = mean[place]
+        gain = drop_rounding(to_go - middle, middle.abs())
+        return (torch.where(acted & several[place], gain, 0.0).to(to_go.dtype),)
+
+    def add_squares(place: Tensor, centred: Tensor) -> tuple[()]:
+        square.index_add_(0, place.flatten(), centred.double().square().flatten())
+        return ()
+
+    by_rows(add, place, to_go, acted)
+    mean, several = total / size.clamp(min=1), size > 1
+    (centred,) = by_rows(centre, place, to_go, acted)
+    if not scale:
+        return centred
+    by_rows(add_squares, place, centred)
+    std = (square / (size - 1).clamp(min=1)).sqrt()
+    return by_rows(lambda place, x: (divide(x, std[place], eps),), place, centred)[0]
 
 
 def _check_options(omega: float, gamma: float, normalise: str, eps: float, singleton: str) -> None:
@@ -170,7 +193,7 @@ def gigpo(
     check_mask(mask)
     check_ids("group", group, (len(mask),))
     check_ids("anchor", anchor, tuple(mask.shape))
-    reward = torch.zeros_like(mask, dtype=torch.float64)
+    reward = torch.zeros((), dtype=torch.float64, device=mask.device).expand(mask.shape)
     if step_reward is not None:
         reward = read_step_reward(step_reward, mask, torch.float64)
     if trajectory is None:

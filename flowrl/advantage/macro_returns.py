@@ -18,9 +18,9 @@ from .blocks import by_rows
 from .checks import check_choice, check_share
 from .inputs import check_flags, check_mask, read_rewards, read_segments, read_steps
 from .method import Method
-from .moments import Reduce, batch_moments
+from .moments import Reduce, batch_moments, standardise
 from .record import Advantage
-from .scans import backward_scan, gae_scan, last_step, next_step, read_path
+from .scans import first_step, gae_scan, last_step, read_path, two_level_scan
 from .segments import Groups
 from .statistics import check_policies, divide, step_result
 from .steps import segment_gather, segment_reduce
@@ -58,30 +58,38 @@ def ma_rlhf(
     path = read_path(step_reward, mask & (segment >= 0))
     state = read_steps("value", value, path.kept)
     kept, count = path.kept, int(segment.max().clamp(min=0)) + 1
-    order = kept.cumsum(1).double()
-    first = segment_reduce(order, segment, kept, "first", count)
-    size = segment_reduce(kept.double(), segment, kept, "sum", count)
-    place = order - segment_gather(first, segment)
+    size = segment_reduce(torch.ones_like(state), segment, kept, "sum", count)
+    reward = path.reward
     if pool == "equal":
-        share = torch.ones_like(place)
-    elif pool == "last":
-        share = (place == segment_gather(size, segment) - 1).double()
-    else:
-        share = 1 / (place.clamp(min=0) + 1)
-    share = share / segment_gather(segment_reduce(share, segment, kept, "sum", count), segment).clamp(min=1e-300)
-    part = share if macro_reward == "pooled" else gamma ** place.clamp(min=0)
-    macro_value = segment_reduce(share * state, segment, kept, "sum", count)
-    reward = segment_reduce(part * path.reward, segment, kept, "sum", count)
-    macro = gae_scan(reward, macro_value, size > 0, gamma, lam)
+        macro_value = segment_reduce(state, segment, kept, "mean", count)
+    if pool != "equal" or (macro_reward == "sum" and gamma != 1):
+        place = _place(segment, kept, count)
+    if pool != "equal":
+        share = (
+            (place == segment_gather(size, segment) - 1).double() if pool == "last" else 1 / (place.clamp(min=0) + 1)
+        )
+        share = share / segment_gather(segment_reduce(share, segment, kept, "sum", count), segment).clamp(min=1e-300)
+        macro_value = segment_reduce(share * state, segment, kept, "sum", count)
+        reward = share * reward if macro_reward == "pooled" else reward
+    if macro_reward == "sum" and gamma != 1:
+        reward = gamma ** place.clamp(min=0) * reward
+    how: Literal["mean", "sum"] = "mean" if pool == "equal" and macro_reward == "pooled" else "sum"
+    macro = gae_scan(segment_reduce(reward, segment, kept, how, count), macro_value, size > 0, gamma, lam)
     where = torch.where(kept, segment, -1)
-    returns = segment_gather(macro + macro_value, where)
+    returns = segment_gather((macro + macro_value).float(), where)
     return step_result(segment_gather(macro, where), kept, path.live, returns, kept)
+
+
+def _place(segment: Tensor, kept: Tensor, count: int) -> Tensor:
+    """float64 [B, T]: how many unmasked steps of its macro come before each step."""
+    order = kept.cumsum(1).double()
+    return order - segment_gather(segment_reduce(order, segment, kept, "first", count), segment)
 
 
 def _normalised(x: Tensor, mask: Tensor, reduce: Reduce | None) -> Tensor:
     """(x - mean) / (std + 1e-8) over the elements of ``mask``, population deviation, 0 elsewhere."""
     mean, std = batch_moments(x, mask, 0, reduce)
-    return torch.where(mask, divide(x - mean, std, 1e-8), 0.0)
+    return standardise(x, mask, mean, 1 / (std + 1e-8))
 
 
 def hae(
@@ -123,53 +131,23 @@ def hae(
     check_flags("switch", switch, tuple(mask.shape))
     kept = path.kept
     low_value, high_value, term_value = (
-        read_steps(name, x, kept, torch.float64)
+        read_steps(name, x, kept)
         for name, x in (("value", value), ("value_high", value_high), ("value_term", value_term))
     )
-    start = kept & (switch | (kept.cumsum(1) == 1))
+    start = kept & (switch | (torch.arange(mask.shape[1], device=mask.device) == first_step(kept)[:, None]))
     cut = torch.zeros_like(high_value[:, 0])
     if done is not None:
         check_flags("done", done, tuple(mask.shape[:1]))
         ending = high_value.gather(1, last_step(kept).clamp(min=0)[:, None])[:, 0]
         cut = torch.where(done, cut, ending)
-    low, high, rest = _two_levels(path.reward, low_value, high_value, start, kept, cut, (gamma, lam_turn, lam_seg))
-    term = torch.where(kept, rest - term_value, 0.0)
+    low, high, rest = two_level_scan(path.reward, low_value, high_value, start, kept, cut, (gamma, lam_turn, lam_seg))
+    term = rest - term_value
     returns, returns_high = low + low_value, torch.where(start, high + high_value, 0.0)
     if normalise:
         low, high, term = (_normalised(x, m, reduce) for x, m in ((low, kept), (high, start), (term, kept)))
-    channels = {"low": low, "high": high, "term": term, "start": start, "returns_high": returns_high}
-    named = {name: x.float() for name, x in (channels | {"returns_term": rest}).items()}
+    named = {"low": low, "high": high, "term": term, "start": start.float()}
+    named |= {"returns_high": returns_high, "returns_term": rest}
     return step_result(low, kept, path.live, returns, kept, named)
-
-
-def _two_levels(
-    reward: Tensor,
-    low_value: Tensor,
-    high_value: Tensor,
-    start: Tensor,
-    kept: Tensor,
-    cut: Tensor,
-    decays: tuple[float, float, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the three recursions of ``hae``: low, high and the return of what is left of the segment, float64 [B, T]."""
-    gamma, lam_turn, lam_seg = decays
-    following = next_step(kept)
-
-    def ahead(x: Tensor, after: Tensor) -> Tensor:
-        return torch.cat([x, after[:, None]], dim=1).gather(1, following)
-
-    last = ahead(start, torch.ones_like(start[:, 0]))
-    landing = torch.where(last, ahead(high_value, cut), 0.0)  # V_high(b') at a segment's last turn
-    through = torch.where(kept, 0.0, 1.0).double()  # what a masked step hands on
-    inside = (kept & ~last).double()
-    rest = backward_scan(torch.where(kept, reward + gamma * landing, 0.0), through + gamma * inside)
-    rest = torch.where(kept, rest, 0.0)
-    following_value = torch.where(last, landing, ahead(low_value, cut))
-    delta = torch.where(kept, reward + gamma * following_value - low_value, 0.0)
-    low = backward_scan(delta, through + gamma * lam_turn * inside)
-    gain = torch.where(start, rest - high_value, 0.0)
-    high = backward_scan(gain, through + gamma * torch.where(start, lam_seg, 1.0) * kept)
-    return torch.where(kept, low, 0.0), torch.where(start, high, 0.0), rest
 
 
 def mt_ppo(
@@ -198,18 +176,17 @@ def mt_ppo(
     check_mask(mask, len(rewards))
     segment = read_segments(segment, mask)
     kept = mask & known[:, None]
-    per_turn = _read_stage_reward(stage_reward, segment, kept)
-    following = next_step(kept)
-    ahead = torch.cat([segment, torch.full_like(segment[:, :1], -1)], dim=1).gather(1, following)
-    turn = torch.where(kept & (ahead != segment), segment, -1)
-    reward = segment_gather(per_turn, turn) + torch.where(kept & (following == mask.shape[1]), outcome[:, None], 0.0)
+    per_turn, ends = _read_stage_reward(stage_reward, segment, kept)
+    reward = torch.zeros_like(mask, dtype=torch.float64).scatter_add_(1, ends, per_turn)
+    reward.scatter_add_(1, last_step(kept).clamp(min=0)[:, None], torch.where(known, outcome, 0.0)[:, None])
+    reward = torch.where(kept, reward.float(), 0.0)
     state = read_steps("value", value, kept)
     advantage = gae_scan(reward, state, kept, gamma, lam)
     return step_result(advantage, kept, kept.any(1), advantage + state, kept)
 
 
-def _read_stage_reward(stage_reward: Tensor, segment: Tensor, kept: Tensor) -> Tensor:
-    """Check rewards of turns and return them as float64 [B, S], 0 for NaN and in rows that are left out."""
+def _read_stage_reward(stage_reward: Tensor, segment: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Check rewards of turns; float64 [B, S], 0 for NaN and in rows that are left out; int64 [B, S], their last steps."""
     if stage_reward.ndim != 2 or len(stage_reward) != len(kept) or stage_reward.shape[1] <= int(segment.max()):
         raise ValueError(
             f"stage_reward: expected [{len(kept)}, S] with S > {int(segment.max())}, got {list(stage_reward.shape)}"
@@ -217,13 +194,15 @@ def _read_stage_reward(stage_reward: Tensor, segment: Tensor, kept: Tensor) -> T
     if stage_reward.is_complex() or bool(stage_reward.isinf().any()):
         raise ValueError(f"stage_reward: expected real numbers and no infinity, got {stage_reward.dtype}")
     x = torch.where(kept.any(1, keepdim=True), stage_reward.detach().double(), 0.0).nan_to_num(nan=0.0)
-    reached = segment_reduce(kept.double(), segment, kept, "sum", x.shape[1]) > 0
+    place = torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept)
+    ends = segment_reduce(place, segment, kept, "last", x.shape[1]) - 1  # -1 where there is no step
+    reached = ends >= 0
     if bool((~reached & (x != 0)).any()):
         row, turn = (int(i) for i in (~reached & (x != 0)).nonzero()[0])
         raise ValueError(
             f"stage_reward: the reward of a turn without an unmasked step (row {row}, turn {turn}) is lost"
         )
-    return x
+    return x, ends.clamp(min=0)
 
 
 def eapo(

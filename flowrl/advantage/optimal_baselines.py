@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
 from .checks import check_number
 from .inputs import check_ids, check_mask, read_rewards, read_rows, read_step_reward, read_steps
 from .method import Method
 from .record import Advantage
-from .segments import Groups
-from .statistics import Singleton, check_policies, group_result, group_statistics
+from .segments import Groups, group_any
+from .statistics import Singleton, check_policies, group_result, group_statistics, step_result
 from .steps import reverse_scan
 
 
@@ -130,10 +131,10 @@ def gaussian_energy(noise_square: Tensor, sigma: Tensor, mask: Tensor) -> Tensor
 def _read_energy(
     mask: Tensor, energy: Tensor | None, old_log_prob: Tensor | None, square: Tensor | None, importance: Tensor | None
 ) -> Tensor:
-    """Energy of each step, float64 [B, T], 0 on masked ones."""
+    """Energy of each step, [B, T], 0 on masked ones."""
     if energy is not None:
-        mass = read_steps("step_energy", energy, mask, torch.float64)
-        if bool((mass < 0).any()):
+        mass = read_steps("step_energy", energy, mask)
+        if bool(mass.amin() < 0):
             raise ValueError(f"step_energy: expected >= 0 on unmasked steps, got {float(mass.min()):g}")
     elif old_log_prob is not None and square is not None:
         mass = token_energy(old_log_prob, square, mask)
@@ -145,26 +146,38 @@ def _read_energy(
 
 
 def _step_baseline(returns: Tensor, mass: Tensor, here: Tensor, groups: Groups, lone: Tensor) -> Tensor:
-    """Returns less their group's mean under ``mass`` at the same column, float64 [B, T], 0 where a row is not there.
+    """Returns less their group's mean under ``mass`` at the same column, float32 [B, T], 0 where a row is not there.
 
     lone: bool [number, 1], whether a step that only one row of that group has keeps its return.
     """
-    blank = returns.new_zeros(groups.number, returns.shape[1])
+    count, whole, heavy, plain = (
+        torch.zeros(groups.number, returns.shape[1], dtype=torch.float64, device=returns.device) for _ in range(4)
+    )
+    peak = torch.full_like(count, -torch.inf, dtype=returns.dtype)
 
-    def over(x: Tensor) -> Tensor:
-        return blank.clone().index_add_(0, groups.index, x)
+    def look(returns: Tensor, here: Tensor, index: Tensor) -> tuple[()]:
+        count.index_add_(0, index, here.double())
+        peak.scatter_reduce_(0, index[:, None].expand_as(here), torch.where(here, returns, -torch.inf), "amax")
+        return ()
 
-    index = groups.index[:, None].expand_as(here)
-    peak = torch.full_like(blank, -torch.inf)
-    peak.scatter_reduce_(0, index, torch.where(here, returns, -torch.inf), "amax")
-    count = over(here.double())
-    peak = torch.where(lone & (count == 1), 0.0, peak)
-    below = torch.where(here, returns - peak[groups.index], 0.0)  # from the best: equal returns give exactly 0
-    weight = torch.where(here, mass, 0.0)
-    whole = over(weight)
-    base = torch.where(whole > 0, over(weight * below) / whole, over(below) / count)
-    base = torch.where(lone & (count == 1), 0.0, base)
-    return torch.where(here, below - base[groups.index], 0.0)
+    def add(returns: Tensor, mass: Tensor, here: Tensor, index: Tensor) -> tuple[()]:
+        below = torch.where(here, returns - peak[index], 0.0).double()  # from the best: equal returns give exactly 0
+        weight = torch.where(here, mass, 0.0).double()
+        whole.index_add_(0, index, weight)
+        heavy.index_add_(0, index, weight * below)
+        plain.index_add_(0, index, below)
+        return ()
+
+    def subtract(returns: Tensor, here: Tensor, index: Tensor) -> tuple[Tensor]:
+        return (torch.where(here, (returns - peak[index]) - base[index], 0.0).float(),)
+
+    by_rows(look, returns, here, groups.index)
+    single = lone & (count == 1)
+    peak = torch.where(single, 0.0, peak)
+    by_rows(add, returns, mass, here, groups.index)
+    base = torch.where(whole > 0, heavy / whole, plain / count)
+    base = torch.where(single, 0.0, base).to(returns.dtype)
+    return by_rows(subtract, returns, here, groups.index)[0]
 
 
 def otb(
@@ -200,8 +213,9 @@ def otb(
     check_ids("group", group, tuple(mask.shape[:1]))
     if align not in ("column", "rank"):
         raise ValueError(f"align: expected 'column' or 'rank', got {align!r}")
-    returns = reverse_scan(read_step_reward(step_reward, mask, torch.float64), 1.0, mask)
-    mass = _read_energy(mask, step_energy, old_log_prob, sum_pi_squared, importance).cumsum(1)
+    returns = reverse_scan(read_step_reward(step_reward, mask), 1.0, mask)
+    energy = _read_energy(mask, step_energy, old_log_prob, sum_pi_squared, importance)
+    (mass,) = by_rows(lambda x: (x.cumsum(1, dtype=torch.float64).float(),), energy)
     groups = Groups.of(group, mask.any(dim=1))
     lone = torch.where(groups.size == 1, singleton == "raw", zero_tail)[:, None]
     if align == "column":
@@ -214,13 +228,8 @@ def otb(
         here = torch.arange(steps, device=mask.device) < mask.sum(1, keepdim=True)
         advantage = _step_baseline(packed, weight, here, groups, lone).gather(1, rank.clamp(max=steps - 1))
         advantage = torch.where(mask, advantage, 0.0)
-    return Advantage(
-        advantage=advantage.float(),
-        weight=mask.float(),
-        loss_mask=mask,
-        live=groups.max((advantage != 0).any(dim=1).double()) > 0,
-        returns=returns.float(),
-    )
+    least, most = torch.aminmax(advantage, dim=1)
+    return step_result(advantage, mask, group_any((least != 0) | (most != 0), group), returns)
 
 
 _TESTS = "tests/advantage/test_optimal_baselines.py::"

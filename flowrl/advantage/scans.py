@@ -37,15 +37,25 @@ def read_path(step_reward: Tensor, mask: Tensor) -> Path:
     return Path(reward=reward, kept=mask & live[:, None], live=live)
 
 
-def _turned(x: Tensor) -> Tensor:
+def turned(x: Tensor) -> Tensor:
     """[B, T] -> contiguous [T, B]; a part of a tensor is copied first, which is the faster way to turn it."""
     return x.contiguous().t().contiguous()
 
 
+def column_blocks(steps: int) -> list[slice]:
+    """Cut the columns 0 .. ``steps`` - 1 into blocks, the last one first."""
+    return [slice(max(0, stop - _BLOCK), stop) for stop in range(steps, 0, -_BLOCK)]
+
+
+def first_step(mask: Tensor) -> Tensor:
+    """Find the first unmasked step of each row: int64 [B], T where there is none."""
+    return torch.where(mask.any(1), mask.view(torch.uint8).argmax(1), mask.shape[1])
+
+
 def last_step(mask: Tensor) -> Tensor:
     """Find the last unmasked step of each row: int64 [B], -1 where there is none."""
-    position = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, position, -1).amax(1)
+    position = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
+    return torch.where(mask, position, -1).amax(1).long()
 
 
 def next_step(mask: Tensor) -> Tensor:
@@ -70,10 +80,9 @@ def backward_scan(x: Tensor, factor: Tensor) -> Tensor:
     """
     y = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     carried = y.new_zeros(len(x))
-    for stop in range(x.shape[1], 0, -_BLOCK):
-        part = slice(max(0, stop - _BLOCK), stop)
-        rows = _turned(x[:, part]).double()
-        carried = _run_back(rows, _turned(factor[:, part]).double(), carried)
+    for part in column_blocks(x.shape[1]):
+        rows = turned(x[:, part]).double()
+        carried = _run_back(rows, turned(factor[:, part]).double(), carried)
         y[:, part] = rows.t()
     return y
 
@@ -95,12 +104,11 @@ def decayed_scan(
     if after is not None:
         carried = gamma * after.double()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for stop in range(x.shape[1], 0, -_BLOCK):
-        part = slice(max(0, stop - _BLOCK), stop)
-        here = _turned(mask[:, part])
-        y, ahead = torch.where(here, _turned(x[:, part]), 0.0).double(), None
+    for part in column_blocks(x.shape[1]):
+        here = turned(mask[:, part])
+        y, ahead = torch.where(here, turned(x[:, part]), 0.0).double(), None
         if value is not None:
-            ahead = torch.where(here, _turned(value[:, part]), 0.0).double()
+            ahead = torch.where(here, turned(value[:, part]), 0.0).double()
             y, ahead = y.sub_(ahead), ahead.mul_(gamma)
         share = here.double()
         for t in range(len(y) - 1, -1, -1):
@@ -119,3 +127,38 @@ def gae_scan(
     after: [B], value of the state after the last unmasked step, zeros by default.
     """
     return decayed_scan(reward.float(), gamma * lam, mask, value, gamma, after)
+
+
+def two_level_scan(
+    reward: Tensor,
+    low_value: Tensor,
+    high_value: Tensor,
+    start: Tensor,
+    kept: Tensor,
+    cut: Tensor,
+    decays: tuple[float, float, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the three recursions of ``hae``: low, high and the return of what is left of the segment, float32 [B, T].
+
+    What an unmasked step hands to the one before it: gamma V_high at a start, where a segment ends before it, else its
+    own return, or value and advantage, discounted.
+    """
+    gamma, lam_turn, lam_seg = decays
+    found = [torch.empty_like(reward) for _ in range(3)]
+    rest = low = gamma * cut.double()
+    high = torch.zeros_like(rest)
+    for part in column_blocks(reward.shape[1]):
+        here, begins = turned(kept[:, part]), turned(start[:, part])
+        r, v, top = (turned(x[:, part]).double() for x in (reward, low_value, high_value))
+        share, jump, over = here.double(), gamma * top, gamma * torch.where(begins, lam_seg, 1.0).double()
+        rests, lows, highs = (torch.empty_like(r) for _ in range(3))
+        for t in range(len(r) - 1, -1, -1):
+            now, gain = torch.add(r[t], rest, out=rests[t]), torch.add(r[t] - v[t], low, out=lows[t])
+            above = torch.where(begins[t], now - top[t], 0.0).addcmul_(over[t], high)
+            rest = rest.lerp(torch.where(begins[t], jump[t], gamma * now), share[t])
+            low = low.lerp(torch.where(begins[t], jump[t], gamma * v[t].add(gain, alpha=lam_turn)), share[t])
+            high = high.lerp(above, share[t])
+            highs[t] = above
+        for whole, made, shown in zip(found, (lows, highs, rests), (here, begins, here), strict=True):
+            whole[:, part] = torch.where(shown, made, 0.0).t()
+    return found[0], found[1], found[2]

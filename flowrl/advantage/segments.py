@@ -86,6 +86,18 @@ class Groups:
         return self.gather(self._extreme(x, "amax"))
 
 
+def number_ids(ids: Tensor) -> tuple[Tensor, int]:
+    """Number ids (int64, any shape) from 0, equal ones alike: int64 in their shape, and a bound of the numbers.
+
+    Ids that lie close together keep their distances; others are sorted.
+    """
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if high - low < 4 * ids.numel():
+        return ids if low == 0 else ids - low, high - low + 1
+    found, index = torch.unique(ids, return_inverse=True)
+    return index, len(found)
+
+
 def _checked(x: Tensor, group: Tensor, valid: Tensor | None) -> Groups:
     if not x.is_floating_point() or x.shape != group.shape:
         raise ValueError(f"x: expected floating {list(group.shape)} like group, got {x.dtype} {list(x.shape)}")

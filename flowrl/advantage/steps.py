@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import by_rows
 from .moments import row_moments
-from .scans import decayed_scan
+from .scans import decayed_scan, next_step
 from .segments import Groups
 
 How = Literal["sum", "mean", "first", "last"]
@@ -46,7 +46,7 @@ def _end_of_segment(x: Tensor, index: Tensor, count: int, first: bool) -> Tensor
     position = torch.arange(steps, device=x.device).expand_as(index)
     at = torch.full((len(x), count + 1), steps if first else -1, dtype=torch.int64, device=x.device)
     at = at.scatter_reduce_(1, index, position, reduce="amin" if first else "amax")[:, :count]
-    return torch.where((at >= 0) & (at < steps), x.gather(1, at.clamp(0, steps - 1)), 0.0)
+    return x.gather(1, at.clamp(0, steps - 1)).masked_fill_((at < 0) | (at >= steps), 0)
 
 
 def segment_gather(per_segment: Tensor, segment: Tensor) -> Tensor:
@@ -115,12 +115,16 @@ def reverse_scan(x: Tensor, decay: float, mask: Tensor | None = None) -> Tensor:
     return by_rows(scanned, x, *(() if mask is None else (mask,)))[0]
 
 
-def fill_from_next(x: Tensor, boundary: Tensor) -> Tensor:
-    """Give every step the value at the first boundary at or after it: [B, T], 0 after the last boundary."""
-    steps = x.shape[1]
-    position = torch.arange(steps, device=x.device).expand_as(boundary)
-    at = torch.where(boundary, position, steps).flip(1).cummin(1).values.flip(1)
-    return torch.where(at < steps, x.gather(1, at.clamp(max=steps - 1)), 0.0)
+def following_value(x: Tensor, mask: Tensor) -> Tensor:
+    """Give every unmasked step the value at the next one: [B, T], 0 for a row's last one and on masked steps."""
+    out = torch.zeros_like(x)
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # there may be holes
+        steps = x.shape[1]
+        at = next_step(mask)
+        out = torch.where(at < steps, x.gather(1, at.clamp(max=steps - 1)), 0.0)
+    else:
+        out[:, :-1] = torch.where(mask[:, 1:], x[:, 1:], 0.0)
+    return torch.where(mask, out, 0.0)
 
 
 def group_step_moments(x: Tensor, mask: Tensor, groups: Groups, ddof: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,11 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
 from .inputs import check_flags, check_mask, read_steps
 from .method import Method
 from .moments import Reduce, batch_moments, total
 from .ratios import ratio
 from .record import Advantage
+from .statistics import step_result
 from .weighting import Base, outcome_advantage, spread_advantage
 
 
@@ -41,7 +43,7 @@ def dcpo_temperature(
 
 def _mean_entropy(entropy: Tensor, mask: Tensor, reduce: Reduce | None) -> Tensor:
     check_mask(mask)
-    return batch_moments(read_steps("entropy", entropy, mask, torch.float64), mask, reduce=reduce)[0]
+    return batch_moments(read_steps("entropy", entropy, mask, torch.float32), mask, reduce=reduce)[0]
 
 
 def tempered_target(
@@ -65,22 +67,20 @@ def tempered_target(
     check_flags("correct", correct, tuple(mask.shape[:1]))
     if not (math.isfinite(target_entropy) and math.isfinite(max_gap) and max_gap >= 0):
         raise ValueError(f"target_entropy, max_gap: expected finite, >= 0 for the gap, got {target_entropy}, {max_gap}")
-    old = read_steps("old_log_prob", old_log_prob, mask, torch.float64)
-    tempered = read_steps("tempered_log_prob", tempered_log_prob, mask, torch.float64)
+    old = read_steps("old_log_prob", old_log_prob, mask)
+    tempered = read_steps("tempered_log_prob", tempered_log_prob, mask)
     rows = mask.any(dim=1)
     number = total(torch.stack([(rows & correct).sum(), rows.sum()]).double(), reduce)
     gap = (target_entropy - _mean_entropy(entropy, mask, reduce)).abs().clamp(max=max_gap)
     # a / (1 + a) with a = gap / rate, written so that a rate of 0 gives 0
     pull = torch.where(number[0] > 0, gap * number[1] / (number[0] + gap * number[1]), 0.0)
-    rho = torch.where(mask, ratio(tempered, old), 0.0)
-    mixed = (1 - pull) * start + pull * correct[:, None] * rho
-    return Advantage(
-        advantage=torch.where(mask, mixed, 0.0).float(),
-        weight=mask.float(),
-        loss_mask=mask,
-        live=rows,
-        channels={"tempered_ratio": rho.float()},
-    )
+
+    def mix(start: Tensor, tempered: Tensor, old: Tensor, mask: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        rho = torch.where(mask, ratio(tempered, old), 0.0)
+        return (1 - pull) * start + share[:, None] * rho, rho
+
+    mixed, rho = by_rows(mix, start, tempered, old, mask, (pull * correct).float())
+    return step_result(mixed, mask, rows, channels={"tempered_ratio": rho})
 
 
 def dcpo_distribution(

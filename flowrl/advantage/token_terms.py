@@ -11,13 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
 from .checks import check_number
 from .estimators import grpo
 from .inputs import check_ids, check_mask, read_steps
 from .local_terms import combine
 from .method import Method
+from .moments import row_moments
 from .record import Advantage
-from .segments import Groups
+from .segments import Groups, number_ids
 
 ALIKE = 1e-7  # two tables of equal probability differ by rounding: this part of it is let pass
 CERTAIN = 1e-9  # a p-value this close to 1 is 1
@@ -39,8 +41,9 @@ def fisher_exact(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     n1, n2, r = a + c, b + d, a + b
     turn = n1 > n2  # one of the two mirror images, so that both get the same bits
     n1, n2, a = torch.where(turn, n2, n1), torch.where(turn, n1, n2), torch.where(turn, b, a)
-    margins, which = torch.unique(torch.stack([n1, n2, r]), dim=1, return_inverse=True)
-    n1, n2, r = (m[:, None] for m in margins)
+    most = int((n1 + n2).max()) + 1
+    margins, which = torch.unique((n1 * most + n2) * most + r, return_inverse=True)
+    n1, n2, r = (m[:, None] for m in (margins // most**2, margins // most % most, margins % most))
     k = torch.arange(int(n1.max()) + 1, device=a.device)
     inside = (k <= n1) & (k <= r) & (r - k <= n2)
     log = _log_factorials(int((n1 + n2).max()), a)
@@ -74,13 +77,6 @@ def _frequency(count: Tensor, length: Tensor, average: Tensor) -> Tensor:
     return share * (TF_SATURATION + 1.0) / (share + discount)
 
 
-def _places(key: Tensor, index: Tensor, number: int) -> tuple[Tensor, int]:
-    """Number the distinct pairs of ``key`` (int64 [N]) and ``index`` (int64 [N] in 0 .. number - 1)."""
-    compact = torch.unique(key, return_inverse=True)[1]
-    ids, pair = torch.unique(compact * number + index, return_inverse=True)
-    return pair, len(ids)
-
-
 def _count(index: Tensor, number: int, flags: Tensor) -> Tensor:
     """int64 [number]: how many ``flags`` (bool [N]) hold at each ``index`` (int64 [N])."""
     return torch.zeros(number, dtype=torch.int64, device=index.device).index_add_(0, index, flags.long())
@@ -91,11 +87,14 @@ def _key_token_values(
 ) -> Tensor:
     """K of every kept step, float64 [N], before the factor; token, row: int64 [N]; groups.valid, correct: [B]."""
     alpha, beta, gamma = weights
-    of_row = groups.index[row]
-    pair, number = _places(token, of_row, groups.number)
-    owner = torch.zeros(number, dtype=torch.int64, device=row.device).scatter_(0, pair, of_row)
-    seen = torch.unique(pair * len(correct) + row)
-    holder, inside = correct[seen % len(correct)], seen // len(correct)
+    code, codes = number_ids(token)
+    rows = len(correct)
+    # One sort puts equal (group, token, row) together, and so each group's holders of a token.
+    held, place, times = torch.unique(
+        (groups.index[row] * codes + code) * rows + row, return_inverse=True, return_counts=True
+    )
+    pairs, inside = torch.unique_consecutive(held // rows, return_inverse=True)
+    number, owner, holder = len(pairs), pairs // codes, correct[held % rows]
     a, b = _count(inside, number, holder), _count(inside, number, ~holder)
     right, wrong = (_count(groups.index, groups.number, groups.valid & x)[owner] for x in (correct, ~correct))
     c, d = right - a, wrong - b
@@ -104,13 +103,19 @@ def _key_token_values(
     a, b, c, d = (x.double() for x in (a, b, c, d))
     effect = (a / (a + c)).sqrt().asin() - (b / (b + d)).sqrt().asin()
     if gamma != 0:
-        length = [_count(of_row, groups.number, x)[owner].double() for x in (correct[row], ~correct[row])]
+        often = [torch.where(holders, times, 0) for holders in (holder, ~holder)]
+        count = [torch.zeros_like(pairs).index_add_(0, inside, n) for n in often]
+        length = [
+            torch.zeros(groups.number, dtype=torch.int64, device=row.device).index_add_(0, owner, n)[owner].double()
+            for n in count
+        ]
         average = (length[0] + length[1]) / 2
-        tf_right = _frequency(_count(pair, number, correct[row]).double(), length[0], average)
-        tf_wrong = _frequency(_count(pair, number, ~correct[row]).double(), length[1], average)
+        tf_right, tf_wrong = (
+            _frequency(n.double(), of_class, average) for n, of_class in zip(count, length, strict=True)
+        )
         effect = effect + gamma * (tf_right / (tf_wrong + TF_FLOOR) - tf_wrong / (tf_right + TF_FLOOR))
     z = (alpha * certainty + beta * _information_gain(a, b, c, d)) * effect / (alpha + beta)
-    return torch.where((right > 0) & (wrong > 0), (z / 2.0).tanh(), 0.0)[pair]
+    return torch.where((right > 0) & (wrong > 0), (z / 2.0).tanh(), 0.0)[inside[place]]
 
 
 def ktae(
@@ -150,24 +155,35 @@ def ktae(
     check_mask(mask, len(group))
     check_ids("token", token, tuple(mask.shape))
     kept = mask & outcome.loss_mask[:, None]
-    value = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    value = torch.zeros(mask.shape, device=mask.device)
     if bool(kept.any()):
-        row = kept.nonzero()[:, 0]
+        row = torch.arange(len(mask), device=mask.device).repeat_interleave(kept.sum(1))
         groups = Groups.of(group, outcome.loss_mask)
-        value[kept] = _key_token_values(token[kept], row, groups, rewards.detach() > 0, (alpha, beta, gamma))
+        found = _key_token_values(token[kept], row, groups, rewards.detach() > 0, (alpha, beta, gamma))
+        value.masked_scatter_(kept, found.float())
     if neutral is not None:
         value = torch.where(token == neutral, 0.0, value)
     return combine(outcome, value, top, mask, group)
 
 
-def _shared_run(position: Tensor, token: Tensor, kept: Tensor, index: Tensor, sign: Tensor) -> Tensor:
-    """bool [B, T]: kept steps whose token stands at that position in a positive and in a negative row of the group."""
-    row = kept.nonzero()[:, 0]
-    slot, number = _places(token[kept], index[row] * kept.shape[1] + position[kept], len(kept) * kept.shape[1])
-    both = (_count(slot, number, sign[row] > 0) > 0) & (_count(slot, number, sign[row] < 0) > 0)
-    shared = torch.zeros_like(kept)
-    shared[kept] = both[slot]
-    return shared
+def _shared_run(packed: Tensor, size: Tensor, index: Tensor, sign: Tensor, back: bool) -> Tensor:
+    """int64 [B]: length of the row's unbroken run of tokens that stand at the same position in a row of the other sign.
+
+    packed: int64 [B, T], the row's tokens from its first step on; size: int64 [B], how many; back: count from the end.
+    It ends with the longest run: one step costs a sort of a number for each row.
+    """
+    run, alive = torch.zeros_like(size), sign != 0
+    for position in range(int(size.max())):
+        there = (size > position) & (sign != 0)
+        at = (size - 1 - position).clamp(min=0) if back else torch.full_like(size, position)
+        token, tokens = number_ids(packed.gather(1, at[:, None])[:, 0])
+        slot, number = number_ids(index * tokens + token)
+        positive, negative = (_count(slot, number, there & side)[slot] > 0 for side in (sign > 0, sign < 0))
+        alive = alive & there & positive & negative
+        if not bool(alive.any()):
+            break
+        run += alive
+    return run
 
 
 def gtpo(
@@ -212,7 +228,7 @@ def gtpo(
         weight = weight / conflict.sum(dim=1, keepdim=True).clamp(min=1)
     rows, penalty = outcome.loss_mask, torch.zeros_like(outcome.advantage)
     if entropy is not None:
-        mean = read_steps("entropy", entropy, mask, torch.float64).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        mean = row_moments(read_steps("entropy", entropy, mask), mask)[1]
         rows, penalty = rows & (mean <= entropy_limit), (entropy_coef * mean).float()
     shaped = replace(outcome, advantage=outcome.advantage - penalty, loss_mask=rows)
     felt = torch.where(rows, penalty, 0.0) != 0
@@ -230,14 +246,24 @@ def _conflict_weight(
     kept = mask & (sign != 0)[:, None]
     if not bool(kept.any()):
         return mask.float(), torch.zeros_like(mask)
-    index = Groups.of(group).index
-    step = mask.long().cumsum(dim=1)
-    ahead, back = (_shared_run(position, token, kept, index, sign) for position in (step - 1, step[:, -1:] - step))
-    ahead = ahead & ((mask & ~ahead).cumsum(dim=1) == 0)
-    back = back & ((mask & ~back).flip(1).cumsum(dim=1).flip(1) == 0)
-    on_conflict = torch.where(sign > 0, factor, 0.0)[:, None]
-    weight = torch.where(ahead, on_conflict, 1.0) * torch.where(back, on_conflict, 1.0)
-    return weight, ahead | back
+
+    def pack(token: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        rank = kept.cumsum(dim=1, dtype=torch.int32).sub_(1)
+        place = torch.where(kept, rank, kept.shape[1]).long()  # one column more, thrown away, takes what is masked
+        packed = token.new_zeros(len(token), kept.shape[1] + 1).scatter_(1, place, token)
+        return packed[:, :-1], rank
+
+    def weigh(kept: Tensor, rank: Tensor, first: Tensor, last: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        ahead, back = kept & (rank < first[:, None]), kept & (rank >= last[:, None])
+        factor = factor[:, None]
+        return torch.where(ahead, factor, 1.0) * torch.where(back, factor, 1.0), ahead | back
+
+    packed, rank = by_rows(pack, token, kept)
+    size, index = rank[:, -1].long() + 1, Groups.of(group).index
+    ahead, back = (_shared_run(packed, size, index, sign, back) for back in (False, True))
+    on_conflict = torch.where(sign > 0, factor, 0.0)
+    weight, conflict = by_rows(weigh, kept, rank, ahead.int(), (size - back).int(), on_conflict)
+    return weight, conflict
 
 
 _TESTS = "tests/advantage/test_token_terms.py::"

@@ -15,15 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .blocks import by_rows
 from .checks import check_number
 from .estimators import dr_grpo, grpo, rloo
 from .inputs import check_flags, check_ids, check_mask, read_rewards, read_rows, read_steps
 from .method import Method
-from .moments import Reduce, batch_moments
+from .moments import Reduce, batch_moments, total
 from .record import Advantage
 from .segments import Groups
 from .statistics import Singleton, check_policies, group_statistics, step_result
-from .steps import fill_from_next, segment_gather, segment_reduce
+from .steps import following_value, segment_gather, segment_reduce
 
 Base = Literal["grpo", "dr_grpo", "rloo"]
 _BASES = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
@@ -37,18 +38,18 @@ def outcome_advantage(
         raise ValueError(f"base: expected one of {sorted(_BASES)}, got {base!r}")
     outcome = _BASES[base](rewards, group, valid)
     check_mask(mask, len(rewards))
-    return outcome, mask & outcome.loss_mask[:, None]
+    return outcome, mask if bool(outcome.loss_mask.all()) else mask & outcome.loss_mask[:, None]
 
 
 def spread_advantage(advantage: Tensor, mask: Tensor) -> Tensor:
-    """Advantage [B] or [B, T] as float64 [B, T], 0 on masked steps."""
+    """Advantage [B] or [B, T] as float32 [B, T], 0 on masked steps."""
     check_mask(mask)
     if advantage.shape not in (mask.shape, mask.shape[:1]):
         raise ValueError(
             f"advantage: expected {list(mask.shape)} or {list(mask.shape[:1])}, got {list(advantage.shape)}"
         )
     wide = advantage if advantage.ndim == 2 else advantage[:, None].expand_as(mask)
-    return read_steps("advantage", wide, mask, torch.float64)
+    return read_steps("advantage", wide, mask)
 
 
 def _tilt(
@@ -59,22 +60,38 @@ def _tilt(
     entropy_range: tuple[float, float] | None,
     reduce: Reduce | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(A g + zeta f less its mean, g, f), all float64 in the shape of ``kept`` and 0 outside it."""
+    """(A g + zeta f less its mean, g, f), all in the shape of ``kept`` and 0 outside it."""
     k, k_future, zeta = coefficients
-    if entropy_range is None:
-        low = torch.where(kept, level, torch.inf).min()
-        high = torch.where(kept, level, -torch.inf).max()
-    else:
-        low, high = level.new_tensor(entropy_range[0]), level.new_tensor(entropy_range[1])
-    unit = torch.where(kept, (level - low) / (high - low + 1e-8), 0.0)
-    damped = torch.where(kept, torch.exp(-k * unit), 0.0)
-    average, _ = batch_moments(damped, kept, reduce=reduce)
-    gain = damped / torch.where(average > 0, average, 1.0)
-    clear = fill_from_next(torch.exp(-k_future * unit), kept)  # of this step or the next unmasked one
-    future = torch.where(kept, torch.cat([clear[:, 1:], torch.zeros_like(clear[:, :1])], dim=1), 0.0)
-    tilted = start * gain + zeta * future
-    centre, _ = batch_moments(tilted, kept, reduce=reduce)
-    return torch.where(kept, tilted - centre, 0.0), gain, future
+    low, high = entropy_range if entropy_range is not None else _extremes(level, kept)
+    width = high - low + 1e-8
+
+    def weigh(level: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        unit = (level - low) / width
+        damped = torch.where(kept, torch.exp(-k * unit), 0.0)
+        clear = damped if k_future == k else torch.exp(-k_future * unit)
+        return damped, following_value(clear, kept), damped.double().sum(1)
+
+    def tilt(start: Tensor, kept: Tensor, gain: Tensor, future: Tensor) -> tuple[Tensor, Tensor]:
+        tilted = torch.where(kept, start * gain + zeta * future, 0.0)
+        return tilted, tilted.double().sum(1)
+
+    number = kept.sum(1, dtype=torch.int32).sum().double()
+    damped, future, of_row = by_rows(weigh, level, kept)
+    first = total(torch.stack([of_row.sum(), number]), reduce)
+    gain = damped.mul_(torch.where(first[0] > 0, first[1] / first[0], 1.0))
+    tilted, of_row = by_rows(tilt, start, kept, gain, future)
+    centre = total(of_row.sum(), reduce) / first[1].clamp(min=1)
+    return torch.where(kept, tilted.sub_(centre), 0.0), gain, future
+
+
+def _extremes(level: Tensor, kept: Tensor) -> tuple[float, float]:
+    """Least and greatest level of the unmasked steps; infinite where there is none."""
+
+    def ends(level: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(kept, level, torch.inf).amin(1), torch.where(kept, level, -torch.inf).amax(1)
+
+    low, high = by_rows(ends, level, kept)
+    return float(low.min()), float(high.max())
 
 
 def modulate_by_entropy(
@@ -94,7 +111,7 @@ def modulate_by_entropy(
     advantage: float [B] or [B, T], finite on unmasked steps. live: the row has an unmasked step.
     """
     start = spread_advantage(advantage, mask)
-    level = read_steps("entropy", entropy, mask, torch.float64)
+    level = read_steps("entropy", entropy, mask)
     for name, number in (("k", k), ("k_future", k_future), ("zeta", zeta)):
         check_number(name, number)
     if entropy_range is not None and not entropy_range[0] <= entropy_range[1]:
@@ -106,11 +123,11 @@ def modulate_by_entropy(
         check_ids("segment", segment, tuple(mask.shape))
         if bool((mask & (segment < 0)).any()):
             raise ValueError("segment: expected ids >= 0 on unmasked steps, got -1 on some")
-        kept = segment_reduce(mask.double(), segment, mask) > 0
+        kept = segment_reduce(torch.ones_like(level), segment, mask) > 0
         start = segment_reduce(start, segment, mask, "mean")
         level = segment_reduce(level, segment, mask, "mean")
         parts = _tilt(start, level, kept, coefficients, entropy_range, reduce)
-        result, gain, future = (torch.where(mask, segment_gather(x, segment), 0.0) for x in parts)
+        result, gain, future = (torch.where(mask, segment_gather(x.float(), segment), 0.0) for x in parts)
     return Advantage(
         advantage=result.float(),
         weight=mask.float(),

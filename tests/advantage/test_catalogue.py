@@ -11,8 +11,8 @@ import pytest
 from flowrl import advantage
 from flowrl.advantage import AGGREGATIONS, ESTIMATORS, METHODS, POLICY_LOSSES, Method
 from flowrl.advantage.pipeline import inputs_of
-from flowrl.objectives import METHODS as OBJECTIVE_METHODS
 from flowrl.objectives import FORMS
+from flowrl.objectives import METHODS as OBJECTIVE_METHODS
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = METHODS + OBJECTIVE_METHODS
