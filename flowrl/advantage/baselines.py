@@ -98,7 +98,8 @@ def v0(rewards: Tensor, prompt_value: Tensor, valid: Tensor | None = None) -> Ad
 def remax(rewards: Tensor, greedy_reward: Tensor, valid: Tensor | None = None) -> Advantage:
     """Take off the reward of a greedy rollout of the same prompt: A_i = r_i - r_greedy.
 
-    greedy_reward: float [B], NaN for no value. ReMax, 2310.10505; verl gives the same from the summed token rewards.
+    greedy_reward: float [B], NaN for no value. ReMax, 2310.10505; verl gives the same where the
+    reward lies on the last token; otherwise its return from each token on: ``gae`` with lam 1 and the greedy reward as value.
     On denoising steps: the greedy rollout is the deterministic sampler's image of the prompt (noise scale 0, the same
     initial noise or a fixed one).
     """
@@ -229,7 +230,10 @@ METHODS: tuple[Method, ...] = (
         paper_id="2310.10505",
         title="ReMax: baseline of a greedy rollout",
         tier=2,
-        evidence={"formula": _TESTS + "test_row_baselines_against_a_plain_loop"},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
+            "formula": _TESTS + "test_row_baselines_against_a_plain_loop",
+        },
         call=remax,
         exempt={"constant": _OWN_BASELINE, "shift": _NO_SHIFT, "scale": _NO_SCALE},
     ),
@@ -240,6 +244,7 @@ METHODS: tuple[Method, ...] = (
         title="Pass@k: only the best of a group counts, by its lead",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _TESTS + "test_pass_at_k_worked_numbers",
             "formula": _TESTS + "test_pass_at_k_against_a_plain_loop",
         },
@@ -253,6 +258,7 @@ METHODS: tuple[Method, ...] = (
         title="GPG: group mean, and a factor for the groups without signal",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _TESTS + "test_gpg_worked_numbers",
             "formula": _TESTS + "test_gpg_against_a_plain_loop",
             "identity": _TESTS + "test_gpg_without_dead_groups_is_dr_grpo",

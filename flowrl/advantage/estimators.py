@@ -173,6 +173,7 @@ METHODS: tuple[Method, ...] = (
         title="GRPO: rewards standardised inside their group",
         tier=1,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _ESTIMATORS + "test_grpo_worked_numbers",
             "formula": _ESTIMATORS + "test_against_plain_loops",
             "identity": _ESTIMATORS + "test_grpo_is_dr_grpo_over_its_deviation",
@@ -188,6 +189,7 @@ METHODS: tuple[Method, ...] = (
         title="Dr.GRPO: group mean taken off, no division by the deviation",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _ESTIMATORS + "test_dr_grpo_worked_numbers",
             "formula": _ESTIMATORS + "test_against_plain_loops",
         },
@@ -201,6 +203,7 @@ METHODS: tuple[Method, ...] = (
         title="RLOO: each reward against the mean of the others in its group",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _ESTIMATORS + "test_rloo_worked_numbers",
             "formula": _ESTIMATORS + "test_against_plain_loops",
             "identity": _ESTIMATORS + "test_rloo_is_dr_grpo_times_n_over_n_minus_one",
@@ -230,6 +233,7 @@ METHODS: tuple[Method, ...] = (
         title="GDPO: each reward channel standardised on its own before they are added",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _CHANNELS + "test_worked_numbers",
             "formula": _CHANNELS + "test_against_a_plain_loop",
             "identity": _CHANNELS + "test_one_channel_without_batch_norm_is_grpo",

@@ -201,8 +201,8 @@ def otb(
     over the rows of the group that have step t: the same column, or the same rank among the row's unmasked steps
     (align "rank", for rows with holes; verl's tir_optimal_token_baseline). Where all W are 0 the baseline is the plain
     mean (verl adds 1e-8 to the divisor: baseline 0). A step that only one row of a group has is its own baseline, 0;
-    zero_tail on leaves it its return, as verl's handle_zero_tail does. singleton: the same choice for a group with one
-    row that has steps (verl: "raw"). ``returns`` is G. Special case: equal W at every step is G_t less the group's mean
+    zero_tail on leaves it its return, as verl's handle_zero_tail does (masks without holes). singleton: the same choice for a
+    group with one row that has steps (verl: "raw"). ``returns`` is G. Special case: equal W at every step is G_t less the group's mean
     at t. live: some step of the group has an advantage.
 
     OTB, 2602.07078; verl's optimal_token_baseline. On denoising steps: step_energy is ``gaussian_energy``, in the order
@@ -243,6 +243,7 @@ METHODS: tuple[Method, ...] = (
         title="OPO: group mean weighted by length or cost",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _TESTS + "test_weighted_baseline_worked_numbers",
             "formula": _TESTS + "test_weighted_baselines_against_a_plain_loop",
             "identity": _TESTS + "test_equal_weights_are_dr_grpo",
@@ -257,6 +258,7 @@ METHODS: tuple[Method, ...] = (
         title="OTB: a baseline for each step, weighted by the energy up to it",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "formula": _TESTS + "test_otb_against_a_plain_loop",
             "identity": _TESTS + "test_otb_of_equal_energies_is_the_mean_return",
         },

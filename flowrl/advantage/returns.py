@@ -198,8 +198,9 @@ def reinforce_pp(
     A = (G - mean) / sqrt(var + eps).
 
     step_reward: float [B, T], usually the outcome on the last unmasked step. old_log_prob, reference_log_prob: float
-    [B, T], needed where kl_coef >= 0 is not 0. holes: "skip" carries the return over masked steps; "reset" forgets it
-    there, as verl does (the same where a row's mask has no hole). Every step is one datum, so long rows weigh more.
+    [B, T], needed where kl_coef >= 0 is not 0. holes: "skip" carries the return over masked steps, as verl 0.9.1;
+    "reset" forgets it there, as older releases did (the same where a row's mask has no hole). Every step is one
+    datum, so long rows weigh more.
     whiten, ddof, eps, reduce: see ``gae``. returns: G. Source: 2501.03262; verl core_algos. On denoising steps:
     direct; gamma < 1 gives later steps, which are closer to the image, more of the reward.
     """
@@ -279,6 +280,7 @@ METHODS: tuple[Method, ...] = (
         title="GAE: decaying sum of temporal differences of a critic (PPO)",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _TESTS + "test_gae_worked_numbers",
             "formula": _TESTS + "test_gae_against_a_plain_loop",
             "identity": _TESTS + "test_gae_special_cases",
@@ -334,6 +336,7 @@ METHODS: tuple[Method, ...] = (
         title="REINFORCE++: returns-to-go whitened over all steps of the batch",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "formula": _TESTS + "test_reinforce_pp_against_a_plain_loop",
             "identity": _TESTS + "test_reinforce_pp_is_gae_without_a_critic",
         },
@@ -351,6 +354,7 @@ METHODS: tuple[Method, ...] = (
         title="REINFORCE++ baseline: group mean taken off, whitened over the batch",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_estimators_agree",
             "exact": _TESTS + "test_reinforce_pp_baseline_worked_numbers",
             "formula": _TESTS + "test_reinforce_pp_baseline_against_a_plain_loop",
             "identity": _TESTS + "test_reinforce_pp_baseline_is_lite_ppo_at_equal_lengths",

@@ -79,8 +79,8 @@ def gmpo(
     c_t = min(d_t, high) where A_t > 0, max(d_t, -low) where A_t < 0, 0 where A_t = 0. After seq_mean_mean a step's
     coefficient is the row's ratio / len, 0 where c_t is clipped. low, high: ranges of the log-ratio, (e^-0.4, e^0.4).
 
-    GMPO, 2507.20673 equation 4; verl's geo_mean returns the mean over rows of the same values, and takes the mean
-    advantage of a row where it varies.
+    GMPO, 2507.20673 equation 4; verl's geo_mean returns the mean over all rows, empty ones too, of the same
+    values; where the advantage varies along a row the values agree and the gradients differ.
 
     On denoising steps: as it is.
     """
@@ -216,6 +216,7 @@ METHODS: tuple[Method, ...] = (
         title="GSPO: the geometric mean of a row's ratios, clipped",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
             "exact": _TESTS + "test_gspo_worked_number_and_gradient",
             "identity": _TESTS + "test_gspo_of_one_step_is_ppo",
             **_LOOP,
@@ -229,7 +230,11 @@ METHODS: tuple[Method, ...] = (
         paper_id="2507.20673",
         title="GMPO: the geometric mean of clipped ratios",
         tier=2,
-        evidence={"identity": _TESTS + "test_gmpo_without_clipping_is_gspo", **_LOOP},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
+            "identity": _TESTS + "test_gmpo_without_clipping_is_gspo",
+            **_LOOP,
+        },
         call=gmpo,
         joint=True,
     ),

@@ -307,7 +307,11 @@ METHODS: tuple[Method, ...] = (
         paper_id="2506.13585",
         title="CISPO: clipped importance weight on the log-prob, gradient never cut",
         tier=2,
-        evidence={"exact": _TESTS + "test_cispo_coefficients", **_LOSS},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
+            "exact": _TESTS + "test_cispo_coefficients",
+            **_LOSS,
+        },
         call=cispo,
     ),
     Method(
@@ -316,7 +320,11 @@ METHODS: tuple[Method, ...] = (
         paper_id="2511.20347",
         title="SAPO: a smooth gate in place of the clip",
         tier=2,
-        evidence={"exact": _TESTS + "test_sapo_worked_numbers", **_LOSS},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
+            "exact": _TESTS + "test_sapo_worked_numbers",
+            **_LOSS,
+        },
         call=sapo,
     ),
     Method(
@@ -325,7 +333,11 @@ METHODS: tuple[Method, ...] = (
         paper_id="2602.04879",
         title="DPPO: steps beyond a divergence bound are dropped",
         tier=2,
-        evidence={"exact": _TESTS + "test_dppo_drops_only_the_harmful_way", **_LOSS},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
+            "exact": _TESTS + "test_dppo_drops_only_the_harmful_way",
+            **_LOSS,
+        },
         call=dppo,
     ),
     Method(
@@ -334,7 +346,11 @@ METHODS: tuple[Method, ...] = (
         paper_id="2405.19107",
         title="DRO: log-prob times advantage with a square pull to the old policy",
         tier=2,
-        evidence={"exact": _TESTS + "test_dro_gradient_vanishes_at_its_optimum", **_LOSS},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
+            "exact": _TESTS + "test_dro_gradient_vanishes_at_its_optimum",
+            **_LOSS,
+        },
         call=dro,
     ),
     Method(
@@ -344,6 +360,7 @@ METHODS: tuple[Method, ...] = (
         title="Clip-Cov: a few steps of high covariance leave PPO's loss",
         tier=2,
         evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
             "exact": _TESTS + "test_clip_cov_takes_the_smallest_uniforms",
             "formula": _TESTS + "test_against_a_plain_loop",
             "identity": _TESTS + "test_clip_cov_without_candidates_is_ppo",
@@ -358,7 +375,11 @@ METHODS: tuple[Method, ...] = (
         paper_id="2505.22617",
         title="KL-Cov: a penalty on the steps of greatest covariance",
         tier=2,
-        evidence={"exact": _TESTS + "test_kl_cov_holds_back_the_greatest", **_LOSS},
+        evidence={
+            "golden": "tests/advantage/test_verl_golden.py::test_losses_and_their_gradients_agree",
+            "exact": _TESTS + "test_kl_cov_holds_back_the_greatest",
+            **_LOSS,
+        },
         call=kl_cov,
         joint=True,
     ),
