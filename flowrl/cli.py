@@ -138,6 +138,31 @@ def _rewards_arguments(parser: argparse.ArgumentParser) -> None:
     probe.add_argument("items", nargs="*", default=[], metavar="key=value", help="arguments of the reward")
 
 
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CONFIG", help="the task: a YAML file or a shipped recipe")
+    parser.add_argument("items", nargs="*", default=[], metavar="key=value", help="overrides for all methods")
+    parser.add_argument(
+        "--methods",
+        required=True,
+        metavar="A,B,C",
+        help="keys of flowrl methods, label:key=value,key=value, or recipes laid over CONFIG; the first is the baseline",
+    )
+    parser.add_argument("--seeds", default="3", metavar="N", help="how many seeds, or which (0,4,7); default: 3")
+    parser.add_argument(
+        "--budget",
+        default="samples",
+        metavar="KIND",
+        help="what is equal: samples (pictures trained on, the default) or calls (network samples, a backward twice)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), metavar="FOLDER", help="default: runs/compare"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs side by side, one thread each; default: 1"
+    )
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one run, as a job of --jobs
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     """Doctor takes none."""
 
@@ -234,6 +259,14 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from flowrl.comparison import Request, compare
+
+    request = Request(args.source, args.methods, args.seeds, args.budget, args.out, tuple(args.items), args.jobs)
+    _write(compare(request, shlex.join(["flowrl", *args.words]), _write, only=args.only))
+    return 0
+
+
 def _methods(args: argparse.Namespace) -> int:
     from flowrl.methods import methods_json, methods_text
 
@@ -268,8 +301,9 @@ _COMMANDS: dict[str, _Command] = {
     "eval": (_eval, "metrics and grids, base against tuned", _eval_arguments),
     "report": (_report, "one self-contained HTML page about one or several runs", _report_arguments),
     "plan": (_plan, "dry run: batch geometry, network calls, memory, every config error", _plan_arguments),
+    "compare": (_compare, "methods side by side on one task: table, curves, pictures, intervals", _compare_arguments),
     "doctor": (_doctor, "versions, devices, optional packages and what each missing one disables", _no_arguments),
     "methods": (_methods, "every algorithm with its paper, evidence and the config that runs it", _methods_arguments),
     "rewards": (_rewards, "the reward models: list, probe", _rewards_arguments),
 }
-_EPILOGS = {"train": _OVERRIDES, "eval": _OVERRIDES, "plan": _OVERRIDES}
+_EPILOGS = {"train": _OVERRIDES, "eval": _OVERRIDES, "plan": _OVERRIDES, "compare": _OVERRIDES}

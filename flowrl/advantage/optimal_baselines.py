@@ -202,8 +202,8 @@ def otb(
     (align "rank", for rows with holes; verl's tir_optimal_token_baseline). Where all W are 0 the baseline is the plain
     mean (verl adds 1e-8 to the divisor: baseline 0). A step that only one row of a group has is its own baseline, 0;
     zero_tail on leaves it its return, as verl's handle_zero_tail does (masks without holes). singleton: the same choice for a
-    group with one row that has steps (verl: "raw"). ``returns`` is G. Special case: equal W at every step is G_t less the group's mean
-    at t. live: some step of the group has an advantage.
+    group with one row that has steps (verl: "raw"). ``returns`` is G. Special case: equal W at every step is G_t
+    less the group's mean at t. live: some step of the group has an advantage.
 
     OTB, 2602.07078; verl's optimal_token_baseline. On denoising steps: step_energy is ``gaussian_energy``, in the order
     in which the sampler steps; columns are timesteps.

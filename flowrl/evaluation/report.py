@@ -39,11 +39,16 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         read_run(Path(path), label, index) for index, (path, label) in enumerate(zip(runs, labels(runs), strict=True))
     ]
     target = Path(runs[0]) / "report.html" if out is None else Path(out)
+    save(target, _page(read))
+    return target
+
+
+def save(target: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(target.name + ".part")
-    draft.write_text(_page(read), encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, target)
-    return target
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -62,27 +67,34 @@ def _page(runs: Sequence[RunFiles]) -> str:
         ("Pictures", _pictures),
         ("Configuration", _configs),
     ]
-    body = "".join(f"<section><h2>{name}</h2>{make(runs)}</section>" for name, make in sections)
+    return page(title, _facts(runs), [(name, make(runs)) for name, make in sections])
+
+
+def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+    """Build a whole page from HTML: what stands below the title, then sections of heading and content."""
+    body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_escape(title)}</title><style>{_STYLE}{charts.STYLE}</style></head>"
-        f"<body><main><h1>{_escape(title)}</h1>{_facts(runs)}{body}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{charts.STYLE}</style></head>"
+        f"<body><main><h1>{escape(title)}</h1>{lead}{body}</main></body></html>\n"
     )
 
 
-def _escape(value: object) -> str:
+def escape(value: object) -> str:
+    """Make text safe inside elements and attributes."""
     return html.escape(str(value), quote=True)
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{_escape(text)}</p>'
+def note(text: str) -> str:
+    """Set a remark in small grey type."""
+    return f'<p class="note">{escape(text)}</p>'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of cells that are HTML already; the first cell of a row is its heading."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """Lay out cells that are HTML already; the first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{name}</th>' for name in head)
     top = f"<thead><tr>{top}</tr></thead>" if head else ""
     body = "".join(
@@ -92,15 +104,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -
 
 
 def _swatch(run: RunFiles) -> str:
-    return f'<span class="swatch" style="background:{run.color}"></span>{_escape(run.label)}'
+    return f'<span class="swatch" style="background:{run.color}"></span>{escape(run.label)}'
 
 
 def _facts(runs: Sequence[RunFiles]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.facts))
     head = ["", *(_swatch(run) for run in runs)] if len(runs) > 1 else []
-    rows = [[_escape(name), *(_escape(_flat(run.facts.get(name, "-"))) for run in runs)] for name in names]
+    rows = [[escape(name), *(escape(_flat(run.facts.get(name, "-"))) for run in runs)] for name in names]
     done = [f"{len(run.metrics)}" for run in runs]
-    return _table(head, [*rows, ["iterations recorded", *done]], "facts")
+    return table(head, [*rows, ["iterations recorded", *done]], "facts")
 
 
 def _flat(value: Any) -> str:
@@ -112,7 +124,7 @@ def _flat(value: Any) -> str:
 def _headline(runs: Sequence[RunFiles]) -> str:
     judged = [(run, run.evaluation) for run in runs if run.evaluation and any(run.evaluation.get(s) for s in _SIDES)]
     if not judged:
-        return _note("No evaluation yet: run `flowrl eval` on this run, then `flowrl report` again.")
+        return note("No evaluation yet: run `flowrl eval` on this run, then `flowrl report` again.")
     lines: dict[tuple[str, ...], str] = {}  # by path, so that runs share their rows
     head = [""]
     for run, summary in judged:
@@ -123,7 +135,7 @@ def _headline(runs: Sequence[RunFiles]) -> str:
     rows = []
     for path, label in lines.items():
         row = [
-            _escape(label.strip()) if path[:1] != ("by_tag",) else f'<span class="tag">{_escape(label.strip())}</span>'
+            escape(label.strip()) if path[:1] != ("by_tag",) else f'<span class="tag">{escape(label.strip())}</span>'
         ]
         for _, summary in judged:
             row += [_interval(summary.get(side), path, signed=side == "difference") for side in _SIDES]
@@ -131,8 +143,8 @@ def _headline(runs: Sequence[RunFiles]) -> str:
     level = 100 * float(judged[0][1].get("level", 0.95))
     counts = [f"{summary['difference']['pictures']:,}" for _, summary in judged if summary.get("difference")]
     pairs = f"{', '.join(counts)} paired pictures, same prompts and noise on both sides; " if counts else ""
-    note = f"{pairs}brackets: {level:g}% bootstrap intervals over prompts; strict changes in percentage points."
-    return _table(head, rows, "result" if len(judged) == 1 else "result many") + _note(note)
+    legend = f"{pairs}brackets: {level:g}% bootstrap intervals over prompts; strict changes in percentage points."
+    return table(head, rows, "result" if len(judged) == 1 else "result many") + note(legend)
 
 
 _SIDES = ("base", "tuned", "difference")
@@ -147,16 +159,16 @@ def _interval(block: Mapping[str, Any] | None, path: Sequence[str], *, signed: b
     if signed and rest.startswith("["):
         low, high = (float(part) for part in rest.strip("[]").split(", "))
         kind = ' class="better"' if low > 0 else ' class="worse"' if high < 0 else ""
-    return f'<b{kind}>{_escape(mean)}</b> <span class="quiet">{_escape(rest)}</span>'
+    return f'<b{kind}>{escape(mean)}</b> <span class="quiet">{escape(rest)}</span>'
 
 
 def _warnings(runs: Sequence[RunFiles]) -> str:
     items = [
-        f"<li>{_escape(f'{run.label}: ' if len(runs) > 1 else '')}{_escape(text)}</li>"
+        f"<li>{escape(f'{run.label}: ' if len(runs) > 1 else '')}{escape(text)}</li>"
         for run in runs
         for text in run.warnings
     ]
-    return f'<ul class="warnings">{"".join(items)}</ul>' if items else _note("None.")
+    return f'<ul class="warnings">{"".join(items)}</ul>' if items else note("None.")
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -171,7 +183,7 @@ def _series(run: RunFiles, key: str, *, smooth: bool) -> Series:
     if any(value is not None for value in low):
         smooth = False
     elif smooth and len(kept) >= 2 * WINDOW:
-        points, (y, low, high) = y, _moving(y)
+        points, (y, low, high) = y, moving(y)
     kept = [index for index in kept if y[index] is not None]
     kept = [kept[index] for index in range(0, len(kept), math.ceil(len(kept) / MAX_POINTS))] if kept else []
 
@@ -184,8 +196,8 @@ def _series(run: RunFiles, key: str, *, smooth: bool) -> Series:
     )  # fmt: skip
 
 
-def _moving(values: Sequence[float | None]) -> tuple[list[float | None], list[float | None], list[float | None]]:
-    """Centred mean over WINDOW iterations, and that mean less and plus two standard errors."""
+def moving(values: Sequence[float | None]) -> tuple[list[float | None], list[float | None], list[float | None]]:
+    """Return the centred mean over WINDOW iterations, and that mean less and plus two standard errors."""
     mean: list[float | None] = []
     error: list[float] = []
     for index in range(len(values)):
@@ -219,26 +231,27 @@ def _is_bound(key: str) -> bool:
     return key.endswith(("_low", "_high"))
 
 
-def _figure(drawn: Sequence[str], missing: str, note: str = "") -> str:
-    return f'<div class="charts">{"".join(drawn)}</div>{_note(note) if note else ""}' if drawn else _note(missing)
+def figure(drawn: Sequence[str], missing: str, legend: str = "") -> str:
+    """Set charts side by side over their legend, or say what is missing."""
+    return f'<div class="charts">{"".join(drawn)}</div>{note(legend) if legend else ""}' if drawn else note(missing)
 
 
 def _reward_curves(runs: Sequence[RunFiles]) -> str:
     keys = [key for key in _all_keys(runs) if key.startswith("reward/") and key.split("/")[-1] in ("mean", "strict")]
     keys = [key for key in ("score/mean",) if key in _all_keys(runs)] + keys
     drawn = [_chart(runs, key, key, smooth=True) for key in keys]
-    note = (
+    legend = (
         f"Dots: one iteration each. Line: mean over {WINDOW} iterations; band: two standard errors of that mean, "
         "from the spread between iterations. A run too short for this shows its values."
     )
-    return _figure(drawn, "No reward in metrics.jsonl yet.", note)
+    return figure(drawn, "No reward in metrics.jsonl yet.", legend)
 
 
 def _eval_curves(runs: Sequence[RunFiles]) -> str:
     keys = [key for key in _all_keys(runs) if key.startswith(("eval/", "gold/")) and not _is_bound(key)]
     drawn = [_chart(runs, key, key) for key in keys]
     missing = "No evaluation during training (evaluation.every is 0, or none was due yet)."
-    return _figure(drawn, missing, "Bands: the intervals recorded with each evaluation.")
+    return figure(drawn, missing, "Bands: the intervals recorded with each evaluation.")
 
 
 def _policy_curves(runs: Sequence[RunFiles]) -> str:
@@ -250,7 +263,7 @@ def _policy_curves(runs: Sequence[RunFiles]) -> str:
     }  # fmt: skip
     have = _all_keys(runs)
     drawn = [_chart(runs, key, names[key], reference=levels.get(key)) for key in wanted if key in have]
-    return _figure(drawn, "No policy figures in metrics.jsonl yet.")
+    return figure(drawn, "No policy figures in metrics.jsonl yet.")
 
 
 def _by_step(runs: Sequence[RunFiles]) -> str:
@@ -265,7 +278,7 @@ def _by_step(runs: Sequence[RunFiles]) -> str:
         if panels:
             drawn = charts.small_multiples(panels, percent=name == "clipped", reference=level)
             parts.append(f'<div class="charts">{drawn}</div>')
-    return "".join(parts) or _note("No figures by step in metrics.jsonl yet.")
+    return "".join(parts) or note("No figures by step in metrics.jsonl yet.")
 
 
 def _step_of(key: str, prefix: str) -> bool:
@@ -287,9 +300,9 @@ def _cost(runs: Sequence[RunFiles]) -> str:
     keys = [key for key in _all_keys(runs) if key.startswith(("calls/", "memory/"))]
     if keys:
         head = ["mean an iteration", *(_swatch(run) for run in runs)]
-        rows = [[_escape(key), *(_amount(run, key) for run in runs)] for key in keys]
-        parts.append(_table(head, rows))
-    return "".join(parts) or _note("No times in metrics.jsonl yet.")
+        rows = [[escape(key), *(_amount(run, key) for run in runs)] for key in keys]
+        parts.append(table(head, rows))
+    return "".join(parts) or note("No times in metrics.jsonl yet.")
 
 
 def _mean(values: Sequence[float | None]) -> float:
@@ -307,17 +320,17 @@ def _pictures(runs: Sequence[RunFiles]) -> str:
         if len(runs) > 1:
             parts.append(f"<h3>{_swatch(run)}</h3>")
         if not run.grids:
-            parts.append(_note("No grids yet: `flowrl eval` writes them."))
+            parts.append(note("No grids yet: `flowrl eval` writes them."))
         for index, file in enumerate(run.grids):
-            title = _escape(GRIDS.get(file.name, file.stem))
-            picture = f'<img src="{_embed(file)}" alt="{title}">'
+            title = escape(GRIDS.get(file.name, file.stem))
+            picture = f'<img src="{embed(file)}" alt="{title}">'
             state = " open" if index == 0 else ""
             parts.append(f"<details{state}><summary>{title}</summary>{picture}</details>")
     return "".join(parts)
 
 
-def _embed(file: Path) -> str:
-    """A PNG as a data address; a large one becomes WebP."""
+def embed(file: Path) -> str:
+    """Write a PNG as a data address; a large one becomes WebP."""
     data, kind = file.read_bytes(), "png"
     if len(data) > MAX_PNG:
         from PIL import Image
@@ -331,11 +344,11 @@ def _embed(file: Path) -> str:
 def _configs(runs: Sequence[RunFiles]) -> str:
     parts = []
     for run in runs:
-        text = f"<pre>{_escape(run.config)}</pre>" if run.config is not None else _note("config.yaml is missing.")
+        text = f"<pre>{escape(run.config)}</pre>" if run.config is not None else note("config.yaml is missing.")
         settings = (run.evaluation or {}).get("settings")
         if settings is not None:
             text += (
-                f"<h3>Evaluation settings</h3><pre>{_escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>"
+                f"<h3>Evaluation settings</h3><pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>"
             )
         parts.append(f"<details><summary>{_swatch(run)}</summary>{text}</details>")
     return "".join(parts)

@@ -297,4 +297,4 @@ def test_entries() -> None:
     ]
     for method in METHODS:
         for test in method.evidence.values():
-            assert test.split("::")[1] in globals()
+            assert test.split("::")[1] in globals() or "/test_baselines.py" not in test

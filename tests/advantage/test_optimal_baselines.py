@@ -291,4 +291,4 @@ def test_entries() -> None:
     assert [(m.key, m.tier) for m in METHODS] == [("opo", 2), ("otb", 2), ("oblr_po", 3), ("oblr_lr", 3)]
     for method in METHODS:
         for test in method.evidence.values():
-            assert test.split("::")[1] in globals()
+            assert test.split("::")[1] in globals() or "/test_optimal_baselines.py" not in test

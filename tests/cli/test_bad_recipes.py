@@ -190,8 +190,8 @@ CASES = [
         "base_missing",
         ["train", "my.yaml"],
         (
-            "base (my.yaml:1): demmo: no such file or recipe; did you mean demo? Shipped are demo, sd3_fast, "
-            "sd3_flow_grpo, tiny_test"
+            "base (my.yaml:1): demmo: no such file or recipe; did you mean demo? Shipped are demo, "
+            "sd15_ddpo, sd15_dpok, sd3_fast, sd3_flow_grpo, tiny_test"
         ),
         files={"my.yaml": "base: demmo\n"},
     ),

@@ -13,7 +13,7 @@ import pytest
 
 from flowrl.errors import UserError
 from flowrl.evaluation.grids import save_grids
-from flowrl.evaluation.report import _moving, write_report
+from flowrl.evaluation.report import moving, write_report
 from flowrl.evaluation.statistics import summarise
 
 HOSTILE = '</pre></p><script>alert("x")</script><img src=x onerror=alert(1)>&'
@@ -238,10 +238,10 @@ def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
 
 def test_moving_mean_by_hand() -> None:
     """Nine neighbours 0..8 have mean 4 and standard deviation sqrt(7.5); the first has 0..4; None is left out."""
-    mean, low, high = _moving([float(i) for i in range(20)])
+    mean, low, high = moving([float(i) for i in range(20)])
     assert mean[4] == 4.0 and mean[0] == 2.0
     assert low[4] == pytest.approx(4 - 2 * (7.5**0.5) / 3) and high[4] == pytest.approx(4 + 2 * (7.5**0.5) / 3)
-    assert _moving([None, 3.0])[0] == [3.0, 3.0]
+    assert moving([None, 3.0])[0] == [3.0, 3.0]
 
 
 def test_long_runs_are_thinned(tmp_path: Path) -> None:
