@@ -95,7 +95,7 @@ CASES = [
         ["train", "my.yaml"],
         one_problem(
             "zzz (my.yaml:2): unknown key; a recipe takes run_dir, seed, iterations, threads, model, data, "
-            "batch, rollout, advantage, objective, optimizer, ema, rewards, failures, evaluation, checkpoint, "
+            "batch, rollout, credit, advantage, objective, optimizer, ema, rewards, failures, evaluation, checkpoint, "
             "tracking"
         ),
         files={"my.yaml": "base: demo\nzzz: 1\n"},
@@ -146,8 +146,8 @@ CASES = [
         "null_section",
         ["train", "my.yaml"],
         one_problem(
-            "rollout (my.yaml:2): expected a section with steps, kernel, window, share_prefix, guidance, "
-            "cfg_gradient, storage_dtype, found nothing (null)"
+            "rollout (my.yaml:2): expected a section with steps, kernel, window, share_prefix, seeds, "
+            "splits, children, solver, guidance, cfg_gradient, storage_dtype, found nothing (null)"
         ),
         files={"my.yaml": "base: demo\nrollout:\n"},
     ),
@@ -155,8 +155,8 @@ CASES = [
         "scalar_section",
         ["train", "my.yaml"],
         one_problem(
-            "rollout (my.yaml:2): expected a section with steps, kernel, window, share_prefix, guidance, "
-            "cfg_gradient, storage_dtype, found 8 (a whole number)"
+            "rollout (my.yaml:2): expected a section with steps, kernel, window, share_prefix, seeds, "
+            "splits, children, solver, guidance, cfg_gradient, storage_dtype, found 8 (a whole number)"
         ),
         files={"my.yaml": "base: demo\nrollout: 8\n"},
     ),

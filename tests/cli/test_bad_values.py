@@ -115,7 +115,7 @@ CASES = [
         "unknown_kernel",
         ["rollout.kernel.name=flowsde"],
         "rollout.kernel.name: unknown kernel 'flowsde'; did you mean flow_sde? Known are cps, dance_sde, ddim, "
-        "flow_sde, ode, precise",
+        "flow_sde, memoryless, ode, precise, precise_dance, wan_sde",
     ),
     (
         "no_noise",
@@ -177,7 +177,12 @@ CASES = [
         "advantage.name: unknown advantage 'lite_pp'; did you mean lite_ppo? Known are "
         + ", ".join(sorted(registry.names("advantage"))),
     ),
-    ("unknown_objective", ["objective.name=ppo"], "objective.name: unknown objective 'ppo'; use one of flow_grpo"),
+    (
+        "unknown_objective",
+        ["objective.name=cowboy"],
+        "objective.name: unknown objective 'cowboy'; use one of dance_grpo, ddpo, dpok, flash_grpo, flow_dppo, flow_grpo, "
+        "flow_grpo_fast, grpo_guard, mix_grpo, pcpo, policy_flow, tempflow",
+    ),
     (
         "unknown_adapter",
         ["model.adapter=sd"],
