@@ -71,11 +71,11 @@ def main() -> None:
     names = sorted(outcomes(args.clone))
     sample = random.Random(args.seed).sample(names, args.number)  # noqa: S311
     started = time.time()
-    for first in range(0, len(sample), 30):
-        mutmut(args.clone, "run", "--max-children", str(args.jobs), *sample[first : first + 30])
+    for first in range(0, len(sample), 110):
+        mutmut(args.clone, "run", "--max-children", str(args.jobs), *sample[first : first + 110])
         done = outcomes(args.clone)
-        counts = Counter(STATUS.get(done[name], "killed") for name in sample[: first + 30])
-        print(f"{min(first + 30, len(sample))} of {len(sample)}: {dict(counts)}", flush=True)
+        counts = Counter(STATUS.get(done[name], "killed") for name in sample[: first + 110])
+        print(f"{min(first + 110, len(sample))} of {len(sample)}: {dict(counts)}", flush=True)
     done = outcomes(args.clone)
     fate = {name: "not run" if done[name] is None else STATUS.get(done[name], "killed") for name in sample}
     alive = [name for name in sample if fate[name] in ("survived", "not reached", "not run")]

@@ -92,7 +92,7 @@ def against_outcome(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw held-out accuracy against tokens and against samples, mean and 95% interval over seeds."""
+    """Draw held-out accuracy against tokens and samples, mean and 95% interval over seeds (pip install matplotlib)."""
     import matplotlib as mpl
 
     mpl.use("Agg")
