@@ -30,10 +30,10 @@ from flowrl.config import load
 from flowrl.distributed.backend import Backend
 from flowrl.records import Request
 from flowrl.training import metrics
+from flowrl.training.batch import TrainingBatch
 from flowrl.training.build import build
 from flowrl.training.run import Run, machine
 from flowrl.training.trainer import Collected, Trainer
-from flowrl.training.update import TrainingBatch
 from flowrl.worlds.v1 import render, scenes
 
 

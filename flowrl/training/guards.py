@@ -7,7 +7,8 @@ from torch import Tensor
 
 from flowrl.errors import UserError
 from flowrl.rollout.policy import Policy
-from flowrl.training.update import TrainingBatch, replay_log_prob
+from flowrl.training.batch import TrainingBatch
+from flowrl.training.update import replay_log_prob
 
 MAX_SKIPPED = 3
 

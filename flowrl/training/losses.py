@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from flowrl.objectives.step_weights import normalise_weights, step_weight
 from flowrl.objectives.surrogates import surrogate_loss
 from flowrl.records import LogProbReduction, Trajectory
 from flowrl.rollout.policy import Policy, Step
-
-if TYPE_CHECKING:
-    from flowrl.training.update import TrainingBatch
+from flowrl.training.batch import TrainingBatch
 
 _RANGE = {"ppo": "low", "pcpo": "margin", "dpok": "bound"}
 """The option of a loss that ``objective.clip_range`` is."""

@@ -21,11 +21,12 @@ from flowrl.records import PromptRow, Schedule
 from flowrl.rollout.policy import Policy
 from flowrl.scoring.runtime import RewardRuntime
 from flowrl.training import losses, metrics
+from flowrl.training.batch import TrainingBatch
 from flowrl.training.budget import Budget
 from flowrl.training.collection import Collected, Collector, Visit, request_of
 from flowrl.training.credit import assign, gather, takes_channels
 from flowrl.training.guards import SkippedUpdates, self_check
-from flowrl.training.update import Reference, TrainingBatch, accumulate, chunks, reference_values
+from flowrl.training.update import Reference, accumulate, chunks, reference_values
 from flowrl.training.weights import Weights
 
 

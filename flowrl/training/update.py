@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,38 +18,12 @@ from flowrl.dynamics.log_prob import log_prob, reference_kl
 from flowrl.objectives.flow_grpo import LossTerms, coefficient_terms, surrogate_terms
 from flowrl.objectives.ratios import divergence
 from flowrl.records import Trajectory
-from flowrl.rollout.policy import Policy, Prompted, Step
+from flowrl.rollout.policy import Policy, Step
 from flowrl.rollout.sampling import first_of_each
 from flowrl.training import losses
+from flowrl.training.batch import TrainingBatch
 
 Reference = Callable[[], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """One rollout ready to be trained on. K transitions of each of B samples are trained.
-
-    row: int64 [B], the row of ``prompted`` that belongs to each sample; advantage, weight: float32 [B, K]; element:
-    bool [B, K], what is trained; minibatch: int64 [B], the update a sample belongs to.
-    """
-
-    trajectory: Trajectory
-    prompted: Prompted
-    row: Tensor
-    advantage: Tensor
-    weight: Tensor
-    element: Tensor
-    minibatch: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        """bool [B]: samples with a trained element."""
-        return self.element.any(dim=1)
-
-    @property
-    def signal(self) -> Tensor:
-        """bool [B]: samples whose policy loss has a gradient."""
-        return ((self.advantage != 0) & (self.weight != 0) & self.element).any(dim=1)
 
 
 def replay(policy: Policy, batch: TrainingBatch, rows: Tensor, k: int) -> Step:
