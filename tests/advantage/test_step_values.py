@@ -361,3 +361,15 @@ def test_bad_options_of_vgpo(change: dict[str, Any], message: str) -> None:
 def test_shape_values_refuses_an_unknown_shaping() -> None:
     with pytest.raises(ValueError, match=r"^shaping: "):
         shape_values(VALUES, STARTS, ALL, "sum")  # type: ignore[arg-type]
+
+
+def test_the_global_normaliser_counts_the_samples_of_all_ranks() -> None:
+    """A second rank with the same rows doubles every sum; one process that holds both gives the same."""
+    value = torch.tensor([[0.1, 0.5, 1.0], [0.3, 0.2, 0.0], [0.6, 0.4, 0.7]])
+    group, mask = torch.tensor([0, 0, 1]), torch.ones(3, 3, dtype=torch.bool)
+    ranks = step_credit(value, group, mask, normaliser="global", ddof=1, reduce=lambda sums: 2 * sums).advantage
+    whole = step_credit(
+        value.repeat(2, 1), torch.cat([group, group + 2]), mask.repeat(2, 1), normaliser="global", ddof=1
+    ).advantage
+    torch.testing.assert_close(ranks, whole[:3])
+    assert not torch.allclose(ranks, step_credit(value, group, mask, normaliser="global", ddof=1).advantage)
