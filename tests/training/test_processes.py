@@ -54,6 +54,8 @@ def test_two_processes_equal_one(tiny_sd3: Path, tmp_path: Path, changes: dict) 
             assert b["calls/backward_samples"] * 2 == a["calls/backward_samples"]
     a, b = (tensors(store.load(tmp_path / n / "checkpoints").state) for n in ("one", "two"))
     policy = [n for n in a if n.startswith("/policy")]
-    assert max(float((a[n] - b[n]).abs().max()) for n in policy) < 1e-4
+    apart = torch.cat([(a[n] - b[n]).abs().flatten() for n in policy])
+    # Adam's first steps are of full size whatever the gradient's, so an element near 0 may go the other way.
+    assert float(apart.mean()) < 2e-6 and float((apart > 1e-4).float().mean()) < 1e-3
     assert (tmp_path / "two" / "report.html").exists()
     assert all(torch.isfinite(b[n]).all() for n in policy)
