@@ -24,7 +24,8 @@ def locate(path: str, embedded: str) -> str:
     folder = Path(str(resources.files("flowrl.assets"))) / embedded
     if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"model.path: the embedded model is missing at {folder}; run scripts/pretrain_embedded.py --out {folder}"
+            f"model.path: the embedded model is missing at {folder}; scripts/pretrain_embedded.py makes it, and its first "
+            "lines give the command"
         )
     return str(folder)
 

@@ -135,7 +135,13 @@ METHODS: tuple[Method, ...] = (
             "reconstructed": _NEIGHBOURS + "test_quasi_norm_by_a_plain_loop",
         },
     ),
-    _objective("ddpo", "2305.13301", 2, "DDPO: clipped importance sampling of every denoising step", _SHARED),
+    _objective(
+        "ddpo",
+        "2305.13301",
+        1,
+        "DDPO: clipped importance sampling of every denoising step",
+        _SHARED | {"learned": "docs/results/diffusion/ddpo.json"},
+    ),
     _objective(
         "dpok",
         "2305.16381",

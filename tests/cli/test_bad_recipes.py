@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flowrl.config import recipes
+
 from .refusals import Case, expect_refusal, one_problem
 
 CASES = [
@@ -95,7 +97,7 @@ CASES = [
         ["train", "my.yaml"],
         one_problem(
             "zzz (my.yaml:2): unknown key; a recipe takes run_dir, seed, iterations, threads, model, data, "
-            "batch, rollout, credit, advantage, objective, optimizer, ema, rewards, failures, evaluation, checkpoint, "
+            "batch, rollout, credit, advantage, objective, optimizer, ema, rewards, failures, alarm, evaluation, checkpoint, "
             "tracking"
         ),
         files={"my.yaml": "base: demo\nzzz: 1\n"},
@@ -189,10 +191,7 @@ CASES = [
     Case(
         "base_missing",
         ["train", "my.yaml"],
-        (
-            "base (my.yaml:1): demmo: no such file or recipe; did you mean demo? Shipped are demo, "
-            "sd15_ddpo, sd15_dpok, sd3_fast, sd3_flow_grpo, tiny_test"
-        ),
+        f"base (my.yaml:1): demmo: no such file or recipe; did you mean demo? Shipped are {', '.join(recipes())}",
         files={"my.yaml": "base: demmo\n"},
     ),
     Case(
