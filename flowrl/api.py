@@ -161,6 +161,7 @@ def _go(run: Run) -> RunFolder:
         code = run.go()
     finally:
         run.trainer.rewards.close()
+        run.parts.evaluation_rewards.close()
         run.trainer.backend.close()
     if code:
         raise SystemExit(code)

@@ -206,6 +206,15 @@ estimator dense_grpo advantage.name=dense_grpo credit.values=ode
 estimator stepwise advantage.name=stepwise credit.values=x0
 estimator tp_grpo advantage.name=tp_grpo credit.values=ode
 estimator seed_grpo advantage.name=seed_grpo rollout.seeds=4
+estimator gae advantage.name=gae credit.values=x0
+estimator open_reasoner_zero advantage.name=open_reasoner_zero credit.values=x0
+estimator ma_rlhf advantage.name=ma_rlhf credit.values=x0
+estimator mt_ppo advantage.name=mt_ppo credit.values=x0
+estimator rubricem advantage.name=rubricem credit.values=x0
+estimator prorag advantage.name=prorag credit.values=x0
+estimator spo_chain advantage.name=spo_chain credit.values=ode
+estimator spo_tree advantage.name=spo_tree {full} rollout.splits=[0,2,4,6]
+estimator gigpo advantage.name=gigpo {full} rollout.splits=[0,2,4,6]
 estimator branch_grpo advantage.name=branch_grpo {full} rollout.splits=[0,2,4,6]
 estimator tree_grpo advantage.name=tree_grpo {full} rollout.splits=[0,2,4,6]
 selection best_worst_k batch.selection.name=best_worst

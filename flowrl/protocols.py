@@ -57,12 +57,25 @@ class PipelineAdapter(Protocol):
 
 
 class Reward(Protocol):
-    """Scores finished pictures."""
+    """Scores finished pictures or videos.
+
+    A reward may say of itself, as class attributes: scope ("sample", or "group" to be handed one whole group at a time),
+    minimum (a lower bound of its scores), media (frozenset of "image", "video"), backbone (the network it stands on, ""
+    for none), deterministic (equal pictures get equal scores, so they may be remembered), licence, presets (names that
+    its argument ``preset`` takes, for ``name/preset``).
+    """
 
     name: str
 
     def score(self, batch: RewardBatch) -> RewardResult:
         """One score a sample; may raise, which the runtime turns into an invalid batch."""
+
+
+class PairReward(Protocol):
+    """Judges pairs of pictures; the runtime makes win rates within groups of it. It may say of itself what a Reward may."""
+
+    def compare(self, first: RewardBatch, second: RewardBatch) -> RewardResult:
+        """For each row, how much better ``first`` is, in [0, 1], 1/2 for a tie. Each pair comes in both orders."""
 
 
 class Detector(Protocol):

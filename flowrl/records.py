@@ -116,13 +116,18 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Finished pictures to be scored. images: uint8 [B, H, W, 3]; group_ids one a sample; latents: x0 [B, ...] on request."""
+    """Finished pictures, or videos, to be scored.
+
+    images: uint8 [B, H, W, 3], videos [B, F, H, W, 3]; group_ids: one a sample; latents: x0 [B, ...] on request;
+    reference: what was edited or shall be resembled, one a sample, of either shape.
+    """
 
     images: npt.NDArray[np.uint8]
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, Any]]
     group_ids: Sequence[int] = ()
     latents: torch.Tensor | None = None
+    reference: npt.NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -30,8 +30,31 @@ PIPELINES: Mapping[str, str] = MappingProxyType(
 )
 REWARDS: Mapping[str, str] = MappingProxyType(
     {
+        "aesthetic": "flowrl.rewards.aesthetic:Aesthetic",
+        "clip_similarity": "flowrl.rewards.similarity:ClipSimilarity",
+        "clipscore": "flowrl.rewards.clip:ClipScore",
         "compositional": "flowrl.rewards.compositional:Compositional",
+        "dino_similarity": "flowrl.rewards.similarity:DinoSimilarity",
+        "geneval": "flowrl.rewards.geneval:GenEval",
+        "hpsv2": "flowrl.rewards.clip:HpsV2",
+        "hpsv3": "flowrl.rewards.ranking:HpsV3",
+        "image_reward": "flowrl.rewards.image_reward:ImageReward",
         "jpeg": "flowrl.rewards.jpeg:JpegSize",
+        "nsfw": "flowrl.rewards.safety:NsfwGate",
+        "ocr": "flowrl.rewards.ocr:Ocr",
+        "ocr_tesseract": "flowrl.rewards.ocr:TesseractOcr",
+        "pickscore": "flowrl.rewards.clip:PickScore",
+        "pref_grpo": "flowrl.rewards.judge:PrefGrpo",
+        "siglip2": "flowrl.rewards.clip:SigLip2",
+        "statistics": "flowrl.rewards.statistics:ImageStatistics",
+        "tiny_clip": "flowrl.rewards.tiny_clip:TinyClipScore",
+        "unified_reward": "flowrl.rewards.judge:UnifiedReward",
+        "video_flicker": "flowrl.rewards.video:VideoFlicker",
+        "video_identity": "flowrl.rewards.video:VideoIdentity",
+        "video_motion": "flowrl.rewards.video:VideoMotion",
+        "video_reward": "flowrl.rewards.ranking:VideoReward",
+        "vlm_rubric": "flowrl.rewards.judge:Rubric",
+        "vlm_yes_no": "flowrl.rewards.judge:YesNo",
     }
 )
 
@@ -110,7 +133,12 @@ _TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(
         "method": (MappingProxyType({}), "flowrl.methods"),
     }
 )
-RUNTIME_PARAMETERS = frozenset({"batch", "images", "prompts", "metadata", "group_ids"})
+RUNTIME_PARAMETERS = frozenset(
+    {
+        *("batch", "images", "videos", "completions", "prompts", "metadata", "group_ids", "reference", "latents"),
+        *("first", "second", "log_extra", "log_metric"),
+    }
+)
 """What the scoring runtime itself passes to a reward that is a plain function; never an argument of a config."""
 
 

@@ -21,7 +21,7 @@ from flowrl.records import Detection, RewardBatch, RewardResult
 if TYPE_CHECKING:
     from flowrl.protocols import Detector
 
-__all__ = ["DETECTORS", "RELATIONS", "Compositional", "Verdict", "judge"]
+__all__ = ["DETECTORS", "RELATIONS", "Compositional", "Verdict", "judge", "stands"]
 
 DETECTORS = {"world/v1": "flowrl.worlds.v1.detect:detect"}
 MARGIN = 0.1  # of both objects' sizes, taken off their offset before its direction is judged (GenEval's figure)
@@ -62,7 +62,7 @@ def judge(
         if "position" in clause:
             relation, target = clause["position"]
             pairs = [(a, b) for a in mine for b in claimed[target]]
-            holds = bool(pairs) and all(_stands(a, relation, b) for a, b in pairs)
+            holds = bool(pairs) and all(stands(a, relation, b) for a, b in pairs)
             atoms.append((float(holds), f"{clause['class']} not {relation} {include[target]['class']}"))
     for clause in metadata.get("exclude", ()):
         have = sum(d.label == clause["class"] for d in found)
@@ -78,7 +78,7 @@ def judge(
 
 
 def _fits(d: Detection, clause: Mapping[str, Any]) -> bool:
-    return d.label == clause["class"] and d.color == clause.get("color", d.color)
+    return bool(d.label == clause["class"] and d.color == clause.get("color", d.color))
 
 
 def _claim(
@@ -117,7 +117,7 @@ def _clause_atoms(clause: Mapping[str, Any], mine: Sequence[Detection], surplus:
     return atoms
 
 
-def _stands(a: Detection, relation: str, b: Detection) -> bool:
+def stands(a: Detection, relation: str, b: Detection) -> bool:
     """Whether a stands in ``relation`` to b: GenEval's test.
 
     offset = centre(a) - centre(b); each axis is shortened by MARGIN times both sizes; the shortened component over
@@ -149,6 +149,11 @@ class Compositional:
 
     name = "compositional"
     minimum = 0.0
+    scope = "sample"
+    media = frozenset({"image"})
+    backbone = ""
+    deterministic = True
+    licence = "Apache-2.0 (flowrl)"
 
     def __init__(
         self, detector: str = "world/v1", mode: Literal["mean", "strict", "dense"] = "mean", exact: bool = True
@@ -163,7 +168,7 @@ class Compositional:
         """Score finished pictures; components "strict" and "dense", details the first failed atom (None where none)."""
         import numpy as np
 
-        strict, dense = (np.full(len(batch), np.nan, np.float32) for _ in range(2))
+        strict, dense = np.full(len(batch), np.nan, np.float32), np.full(len(batch), np.nan, np.float32)
         errors: list[str | None] = [_metadata_error(metadata) for metadata in batch.metadata]
         details: list[str | None] = [None] * len(batch)
         for index, found in enumerate(self.detect(batch.images)):
@@ -171,7 +176,8 @@ class Compositional:
                 verdict = judge(batch.metadata[index], found, exact=self.exact)
                 strict[index], dense[index] = verdict.strict, verdict.dense
                 details[index] = verdict.reason or None
-        scores = {"strict": strict, "dense": dense, "mean": (strict + dense) / 2}[self.mode]
+        mean = ((strict + dense) / 2).astype(np.float32)
+        scores = {"strict": strict, "dense": dense, "mean": mean}[self.mode]
         valid = np.array([error is None for error in errors], dtype=np.bool_)
         return RewardResult(scores, valid, errors, {"strict": strict, "dense": dense}, details)
 

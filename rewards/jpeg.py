@@ -26,6 +26,12 @@ class JpegSize:
     """
 
     name = "jpeg"
+    scope = "sample"
+    media = frozenset({"image"})
+    minimum = float("-inf")
+    backbone = ""
+    deterministic = True
+    licence = "Apache-2.0 (flowrl)"
 
     def __init__(self, quality: int = 95, scale: float = 1.0, sign: Literal[-1, 1] = -1, header: bool = True) -> None:
         if not 1 <= quality <= 95:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from flowrl.comparison.methods import Preset, clashes, read_methods
 from flowrl.config import Config, ConfigError, check, load, to_mapping
 from flowrl.config.engine import loss_name
+from flowrl.config.rewards import concise, judging, labels
 from flowrl.config.validate import MAX_SEED
 from flowrl.errors import UserError
 from flowrl.objectives.forms import FORMS
 from flowrl.plan import plan
-from flowrl.scoring.runtime import labels
 from flowrl.training.build import held_out_prompts, training_prompts
 
 Budget = Literal["samples", "calls"]
@@ -148,8 +148,9 @@ def _judge(config: Config) -> dict[str, Any]:
     """The settings that decide what is judged, and by what."""
     plain = to_mapping(config)
     model = {key: plain["model"][key] for key in ("adapter", "path", "height", "width")}
-    rewards = {} if config.evaluation.rewards else {"rewards": plain["rewards"]}
-    return {"model": model, "evaluation": plain["evaluation"], **rewards}
+    rewards = {} if config.evaluation.rewards else {"rewards": [concise(entry) for entry in config.rewards]}
+    evaluation = plain["evaluation"] | {"rewards": [concise(entry) for entry in config.evaluation.rewards]}
+    return {"model": model, "evaluation": evaluation, **rewards}
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -217,8 +218,8 @@ def budget_text(planned: Planned) -> str:
 
 def gold_names(config: Config) -> list[str]:
     """Labels of evaluated rewards that training gives no weight."""
-    trained = [(entry.name, entry.args) for entry in config.rewards if entry.weight]
-    judges = config.evaluation.rewards or config.rewards
+    trained = [(entry.name, entry.args) for entry in config.rewards if entry.duty == "train"]
+    judges = judging(config)
     return [
         label for label, entry in zip(labels(judges), judges, strict=True) if (entry.name, entry.args) not in trained
     ]

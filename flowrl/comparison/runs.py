@@ -169,6 +169,7 @@ def run_one(config: Config, command: str, write: Write) -> None:
         code = run.go()
     finally:
         run.trainer.rewards.close()
+        run.parts.evaluation_rewards.close()
         backend.close()
     if code:
         raise SystemExit(code)

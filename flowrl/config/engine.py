@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 # What training/credit.py hands to an estimator, and training/losses.py to a policy loss.
 SUPPLIED = frozenset({
     "rewards", "group", "valid", "weights", "mask", "step_reward", "trajectory", "length", "cost", "step", "node",
-    "seed_group", "old_log_prob",
+    "seed_group", "old_log_prob", "anchor", "node_path", "segment",
 })  # fmt: skip
-VALUES = frozenset({"step_value", "start_value"})
+VALUES = frozenset({"step_value", "start_value", "value", "segment_value", "stage_reward"})
 """What ``credit.values`` adds."""
 LOSS_INPUTS = frozenset({"log_prob", "old_log_prob", "advantage", "mask"})
 # Optional inputs that stand in for a probability: a denoising step has a density, which is not one.

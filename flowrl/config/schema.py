@@ -241,23 +241,90 @@ class Ema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardEntry:
-    """One reward: a registry key, ``module:attr`` or ``path.py:attr``. weight 0 makes it a monitor that cannot stop a run.
+class Executor:
+    """Where a reward runs, and how long it may take: see flowrl.scoring.executors.settings for every field.
 
-    args: keyword arguments of the reward, checked against its signature.
+    kind: thread (beside the rollout) | inline | process (a fresh one of this Python) | worker (of the interpreter
+    ``python``) | http (a service at ``url``). workers: calls at a time. timeout_s, total_s, breaker, breaker_s: null takes
+    those of ``failures``.
+    """
+
+    kind: Literal["thread", "inline", "process", "worker", "http"] = "thread"
+    timeout_s: float | None = None
+    total_s: float | None = None
+    start_s: float = 300.0
+    workers: int = 1
+    queue: int = 64
+    retries: int = 2
+    backoff_s: float = 0.5
+    breaker: int | None = None
+    breaker_s: float | None = None
+    python: str = ""
+    url: str = ""
+    token_env: str = ""
+    allow: tuple[str, ...] = ()
+    encoding: Literal["safetensors", "png"] = "safetensors"
+    body_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEntry:
+    """One reward: a registry key, ``module:attr`` or ``path.py:attr``; ``key/26`` divides its scores by 26, and
+    ``key/preset`` scales them as the reward's preset of that name does.
+
+    args: keyword arguments of the reward, checked against its signature. label: its name in metrics ("": made of name).
+    role: train | monitor (scored with every batch, never trained on, cannot stop a run; so is weight 0) | gold (scored at
+    evaluations alone, its weight being its part of the gold score). shaping: steps from score to what is trained on, in
+    order: {affine: [scale, offset]}, {clip: [low, high]}, {sigmoid: [centre, width]}, {rank: {}} (place in the group, 0 to
+    1), {gate: {by: label, at_least: 0.5, otherwise: 0}} (see flowrl.scoring.shaping). opponents: of a reward that compares
+    pairs, how many other members each one meets; 0: all.
     """
 
     name: str
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    role: Literal["train", "gold", "monitor"] = "train"
+    shaping: tuple[dict[str, Any], ...] = ()
+    opponents: int = 0
+    executor: Executor = field(default_factory=Executor)
+
+    @property
+    def duty(self) -> Literal["train", "gold", "monitor"]:
+        """The role in effect: a weight of 0 leaves nothing to train on."""
+        return "monitor" if self.role == "train" and self.weight == 0 else self.role
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failures:
-    """When failed rewards drop a group and when they stop the run."""
+    """When failed rewards drop a group and when they stop the run.
+
+    min_valid: members with a score that a group needs. max_invalid_fraction: of an iteration's samples, beyond which the
+    run stops with the first error. timeout_s, total_s: seconds that one call of a reward may take, and all of its calls of
+    an iteration; null: no limit. breaker: failed calls in a row after which a reward is left alone for breaker_s seconds;
+    0: never. allow_shared_backbone: take a gold reward that stands on the same network as a trained one.
+    """
 
     min_valid: int = 2
     max_invalid_fraction: float = 0.1
+    timeout_s: float | None = 120.0
+    total_s: float | None = 600.0
+    breaker: int = 5
+    breaker_s: float = 30.0
+    allow_shared_backbone: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """Watches evaluations during training for a score that rises while a gold reward or the diversity falls.
+
+    patience: evaluations in a row that must say so before it warns and tags the checkpoint; 0: never. level: coverage of
+    the intervals, bootstrapped over prompts. diversity_fall: by which part the diversity must have fallen at least, 0 to 1.
+    """
+
+    patience: int = 2
+    level: float = 0.95
+    diversity_fall: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +383,7 @@ class Config:
     ema: Ema = field(default_factory=Ema)
     rewards: tuple[RewardEntry, ...] = ()
     failures: Failures = field(default_factory=Failures)
+    alarm: Alarm = field(default_factory=Alarm)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)

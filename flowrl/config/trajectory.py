@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from flowrl import registry
 from flowrl.config.engine import VALUES, loss_name
+from flowrl.config.rewards import declared, split_preset
 from flowrl.config.schema import Config
-from flowrl.errors import UserError
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -98,15 +98,16 @@ def _reads_values(name: str) -> bool:
     from flowrl.advantage import ESTIMATORS
     from flowrl.advantage.pipeline import inputs_of
 
-    return bool(VALUES & set(inputs_of(ESTIMATORS[name]))) if name in ESTIMATORS else False
+    return name in ESTIMATORS and any(inputs_of(ESTIMATORS[name]).get(value, False) for value in VALUES)
 
 
 def reads_start(config: Config) -> bool:
-    """Whether the estimator takes the value of the state before the first trained step: those that look at gains."""
+    """Whether the estimator takes the value of the state before the first trained step."""
     from flowrl.advantage import ESTIMATORS
     from flowrl.advantage.pipeline import inputs_of
 
-    required = inputs_of(ESTIMATORS[config.advantage.name]).get("start_value", False)
+    wanted = inputs_of(ESTIMATORS[config.advantage.name])
+    required = any(wanted.get(name, False) for name in ("start_value", "value", "segment_value"))
     return required or config.advantage.options.get("shaping") == "gain"
 
 
@@ -117,9 +118,10 @@ def _positive(config: Config) -> Iterator[str]:
         return
     least = 0.0
     for entry in config.rewards:
-        if entry.weight == 0:
+        if entry.duty != "train":
             continue
-        bound = _least(entry.name) if entry.weight > 0 else None
+        shaped = entry.shaping or split_preset(entry.name)[1]
+        bound = _least(entry.name) if entry.weight > 0 and not shaped else None
         if bound is None:
             if shift <= 0:
                 yield (
@@ -137,11 +139,8 @@ def _positive(config: Config) -> Iterator[str]:
 
 def _least(reward: str) -> float | None:
     """The lower bound that a reward declares (its ``minimum``), None where it declares none."""
-    try:
-        found = vars(registry.resolve("reward", reward)).get("minimum")
-    except (UserError, TypeError):  # reported by the checks of rewards; some callables have no attributes
-        return None
-    return float(found) if isinstance(found, int | float) else None
+    found = declared(reward, "minimum")
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def _objective(config: Config) -> Iterator[str]:

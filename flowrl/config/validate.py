@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flowrl import registry
-from flowrl.config import engine, trajectory
+from flowrl.config import engine, rewards, trajectory
 from flowrl.config.dialect import ConfigError
 from flowrl.config.load import from_mapping
 from flowrl.config.render import to_mapping
-from flowrl.config.schema import Config, RewardEntry
-from flowrl.errors import UserError
+from flowrl.config.schema import Config
 
 WORLDS = ("world/v1",)
 EMBEDDED_SIZE = 36
@@ -31,13 +29,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         seed threads rollout.window.first rollout.window.rate
         credit.ode_steps rollout.guidance advantage.clip objective.kl.weight optimizer.lr
         optimizer.weight_decay optimizer.warmup evaluation.guidance evaluation.seed evaluation.every evaluation.grid
-        checkpoint.every
+        checkpoint.every alarm.patience failures.breaker failures.breaker_s
     """),
     ("use more than 0", lambda value: value > 0, """
         model.lora.alpha objective.clip_range optimizer.eps optimizer.max_grad_norm
     """),
     ("use at least 0 and less than 1", lambda value: 0 <= value < 1, "optimizer.betas.0 optimizer.betas.1 ema.decay"),
-    ("use 0 to 1", lambda value: 0 <= value <= 1, "failures.max_invalid_fraction"),
+    ("use 0 to 1", lambda value: 0 <= value <= 1, "failures.max_invalid_fraction alarm.diversity_fall"),
+    ("use more than 0 and less than 1", lambda value: 0 < value < 1, "alarm.level"),
     ("use more than 0 and at most 1", lambda value: 0 < value <= 1, "rollout.window.fraction batch.allocation.memory"),
     (f"use at most {MAX_SEED}", lambda value: value <= MAX_SEED, "seed evaluation.seed"),
     ("use at least 2, so that a damaged one has a predecessor", lambda value: value >= 2, "checkpoint.keep"),
@@ -237,37 +236,7 @@ def _objective(config: Config) -> Iterator[str]:
         yield f"optimizer.warmup: {optimizer.warmup} of the run's {total} optimizer steps; use fewer than {total}"
 
 
-def _rewards(config: Config) -> Iterator[str]:
-    if not config.rewards:
-        yield "rewards: none given; add one, as in rewards='[{name: compositional}]' (flowrl rewards list names them)"
-    elif all(entry.weight == 0 for entry in config.rewards):
-        yield "rewards: every weight is 0, so nothing is trained on; give one a weight such as 1.0"
-    yield from _entries("rewards", config.rewards)
-    yield from _entries("evaluation.rewards", config.evaluation.rewards)
-
-
-def _entries(section: str, entries: Sequence[RewardEntry]) -> Iterator[str]:
-    counts = Counter(entry.name for entry in entries)
-    for name, count in counts.items():
-        if count > 1:
-            yield (
-                f"{section}: {name} is given {count} times; "
-                "keep one, or give them names of their own through path.py:name"
-            )
-    for index, entry in enumerate(entries):
-        key = f"{section}.{index}"
-        if ":" not in entry.name and entry.name not in registry.names("reward"):
-            yield f"{key}.name: {registry.unknown('reward', entry.name)}"
-            continue
-        try:
-            yield from (
-                f"{key}.args.{problem}" for problem in registry.check_arguments("reward", entry.name, entry.args)
-            )
-        except UserError as error:
-            yield f"{key}.name: {error}"
-
-
 _Check = Callable[[Config], Iterator[str]]
 _CHECKS: tuple[_Check, ...] = (
-    _ranges, _run, _model, _data, _batch, _rollout, trajectory.problems, _objective, _rewards,
+    _ranges, _run, _model, _data, _batch, _rollout, trajectory.problems, _objective, rewards.problems,
 )  # fmt: skip

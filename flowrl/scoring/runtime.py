@@ -1,29 +1,37 @@
-"""Runs the rewards of a run on finished pictures: inline, or in a thread beside the rollout.
+"""Runs the rewards of a run on finished pictures, beside the rollout, and makes one score of them.
 
-A failed reward is a mask, never a number: a sample that any weighted reward could not score has no score. A reward of
-weight 0 is a monitor: it is logged, and nothing that it does stops a run or takes a sample away.
+A failed reward is a mask, never a number: a sample that any trained reward could not score has no score. A monitor (role
+monitor, or weight 0) is logged, and nothing that it does stops a run or takes a sample away, unless another reward is
+gated by it. A gold reward is scored at evaluations alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from flowrl.config.rewards import Shape, declared, read_shaping, scope_of
+from flowrl.config.rewards import labels as labels
 from flowrl.config.schema import Failures, RewardEntry
 from flowrl.errors import UserError
-from flowrl.protocols import Reward
 from flowrl.records import RewardBatch, RewardResult
-from flowrl.scoring.adapt import load_reward, short_name
+from flowrl.scoring.cache import RewardCache
+from flowrl.scoring.combine import in_float32, weighted_sum
+from flowrl.scoring.deadlines import fulfil
+from flowrl.scoring.executors import Executor, ExecutorSettings, make_executor
+from flowrl.scoring.executors.contract import FailedCall
+from flowrl.scoring.shaping import Values, shape
+
+DEADLINES = ("timeout_s", "total_s", "breaker", "breaker_s")
 
 
 class RewardFailure(UserError):
@@ -34,8 +42,11 @@ class RewardFailure(UserError):
 class Scored:
     """Scores of one batch.
 
-    scores: float32 [B], sum over rewards of weight * score, NaN where not valid; valid: bool [B]; errors: the first
-    error of a weighted reward, or None, a sample; per_reward: by label, monitors too; seconds: spent in rewards.
+    scores: float32 [B], sum over trained rewards of weight * shaped score, NaN where not valid; valid: bool [B]; errors:
+    the first error of a trained reward, or None, a sample; per_reward: by label, monitors too, on each reward's own scale;
+    seconds: from submission to the last score; shaped: by label, float32 [B], what is made of the rewards that have shaping,
+    NaN for none; weights: of the trained rewards, by label; gated: bool [B], without a score because a gate is
+    closed, which is no failure.
     """
 
     scores: npt.NDArray[np.float32]
@@ -43,6 +54,18 @@ class Scored:
     errors: Sequence[str | None]
     per_reward: Mapping[str, RewardResult]
     seconds: float
+    shaped: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    gated: npt.NDArray[np.bool_] | None = None
+
+    def channel(self, label: str) -> npt.NDArray[np.float32]:
+        """What is trained on of one reward, float32 [B], NaN for none."""
+        return self.shaped[label] if label in self.shaped else self.per_reward[label].scores
+
+    @property
+    def sound(self) -> npt.NDArray[np.bool_]:
+        """bool [B]: which samples no failure took away: those that have a score, and those that a gate left out."""
+        return self.valid if self.gated is None else self.valid | self.gated
 
 
 def join(parts: Sequence[Scored]) -> Scored:
@@ -68,99 +91,204 @@ def join(parts: Sequence[Scored]) -> Scored:
         errors=[error for part in parts for error in part.errors],
         per_reward={label: rows([part.per_reward[label] for part in parts]) for label in parts[0].per_reward},
         seconds=sum(part.seconds for part in parts),
+        shaped={label: np.concatenate([part.shaped[label] for part in parts]) for label in parts[0].shaped},
+        weights=parts[0].weights,
+        gated=np.concatenate([part.sound & ~part.valid for part in parts]),
     )
 
 
-def labels(entries: Sequence[RewardEntry]) -> list[str]:
-    """What each reward is called in metrics: its key, or the part behind the colon; a second one alike gets ``_2``."""
-    found: list[str] = []
-    for entry in entries:
-        base = short_name(entry.name)
-        label, number = base, 1
-        while label in found:
-            number += 1
-            label = f"{base}_{number}"
-        found.append(label)
-    return found
+@dataclass(frozen=True)
+class _Member:
+    """One reward of a run. weight: 0 where it is not trained on."""
+
+    label: str
+    entry: RewardEntry
+    executor: Executor
+    shapes: Sequence[Shape]
+    scope: str
+    media: frozenset[str]
+
+    @property
+    def weight(self) -> float:
+        return self.entry.weight if self.entry.duty == "train" else 0.0
 
 
 class RewardRuntime:
     """The rewards of a run, loaded once. Use it as a context manager, or call ``close``.
 
-    Loading raises UserError for every reward, monitors too: a misspelt name is found before a run starts.
+    Loading raises UserError for every reward, monitors and gold too: a misspelt name is found before a run starts.
+    remember: keep the scores of deterministic rewards, so that equal pictures are scored once.
     """
 
-    def __init__(self, entries: Sequence[RewardEntry], failures: Failures) -> None:
+    def __init__(self, entries: Sequence[RewardEntry], failures: Failures, *, remember: bool = True) -> None:
         for entry in entries:
             if not np.isfinite(entry.weight):
                 raise UserError(f"rewards: {entry.name}: weight is {entry.weight}; use a finite number")
-        if not any(entry.weight for entry in entries):
+        if not any(entry.duty == "train" for entry in entries):
             raise UserError("rewards: none has a weight other than 0, so nothing can be scored; give one a weight")
         self.failures = failures
-        self.weights = {label: entry.weight for label, entry in zip(labels(entries), entries, strict=True)}
-        self._rewards: dict[str, Reward] = {
-            label: load_reward(entry) for label, entry in zip(self.weights, entries, strict=True)
-        }
-        self._executor: ThreadPoolExecutor | None = None
+        self._evaluating = False
         self._first_error: str | None = None
+        self._members: list[_Member] = []
+        try:
+            for label, entry in zip(labels(entries), entries, strict=True):
+                self._members.append(_member(label, entry, entries, failures, remember))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Label -> weight of the rewards that are scored while training, 0 for monitors."""
+        return {member.label: member.weight for member in self._members if member.entry.duty != "gold"}
+
+    @property
+    def gold(self) -> dict[str, float]:
+        """Label -> weight of the gold rewards."""
+        return {member.label: member.entry.weight for member in self._members if member.entry.duty == "gold"}
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a batch must hold whole groups: a reward compares the members of a group, or is shaped by rank."""
+        return any(
+            member.scope != "sample" or any(step.kind == "rank" for step in member.shapes) for member in self._active()
+        )
+
+    def for_evaluation(self) -> RewardRuntime:
+        """The same rewards, gold ones too, as they judge an evaluation.
+
+        There the score leaves out what is relative to the other pictures of a prompt, and so the same for good weights
+        and bad ones: steps of rank, and win rates where another reward is trained on too.
+        """
+        judges = copy.copy(self)
+        judges._evaluating = True
+        return judges
 
     def score(self, batch: RewardBatch) -> Scored:
-        """Score one batch here and now.
+        """Score one batch here and now, with the deadlines of an iteration of its own.
 
-        Raises UserError where a weighted reward breaks its contract (wrong length, shape or dtype); an exception inside
+        Raises UserError where a trained reward breaks its contract (wrong length, shape or dtype); an exception inside
         a reward makes its samples invalid. KeyboardInterrupt and SystemExit pass through.
         """
-        _check_batch(batch)
-        start = time.perf_counter()
-        total = np.zeros(len(batch), np.float64)
-        errors: list[str | None] = [None] * len(batch)
-        valid = np.ones(len(batch), np.bool_)
-        per_reward = {}
-        for label, reward in self._rewards.items():
-            weight = self.weights[label]
-            result = per_reward[label] = _run(label, reward, batch, monitor=weight == 0)
-            if weight == 0:
-                continue
-            total += weight * result.scores.astype(np.float64)
-            valid &= result.valid
-            errors = [old or new for old, new in zip(errors, result.errors, strict=True)]
-        with np.errstate(over="ignore"):
-            scores = np.where(valid, total, np.nan).astype(np.float32)
-        for row in np.flatnonzero(valid & ~np.isfinite(scores)):
-            errors[row] = f"the weighted sum {total[row]:g} is beyond float32; lower the weights"
-            scores[row], valid[row] = np.nan, False
-        self._first_error = self._first_error or next((error for error in errors if error), None)
-        return Scored(scores, valid, errors, per_reward, time.perf_counter() - start)
+        self.begin_iteration()
+        return self.submit(batch).result()
+
+    def begin_iteration(self) -> None:
+        """Start the total deadlines anew."""
+        for member in self._members:
+            member.executor.begin_iteration()
 
     def submit(self, batch: RewardBatch) -> Future[Scored]:
-        """Score a batch in the background. One worker: batches are scored one after another, in the order submitted.
+        """Score a batch in the background. Each reward scores its batches in the order submitted, one worker at a time.
 
         ``result()`` raises what ``score`` would. Do not change the batch before that.
         """
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flowrl-reward")
-        return self._executor.submit(self.score, batch)
+        _check_batch(batch)
+        members = self._active()
+        for member in members:
+            _check_media(member, batch)
+        start = time.perf_counter()
+        whole: Future[Scored] = Future()
+        parts = [member.executor.submit(batch) for member in members]
+        left, lock = [len(parts)], threading.Lock()
 
-    def check_failures(self, valid: npt.NDArray[np.bool_]) -> None:
-        """Raise RewardFailure when more than ``max_invalid_fraction`` of an iteration's samples are invalid.
+        def finish() -> Scored:
+            return self._combine(members, batch, [part.result() for part in parts], start)
 
-        valid: bool [B] of the whole iteration, all processes. The message has the first error since the last check.
+        def done(_: Future[RewardResult]) -> None:
+            with lock:
+                left[0] -= 1
+                if left[0]:
+                    return
+            if any(part.cancelled() for part in parts):
+                whole.cancel()
+            else:
+                fulfil(whole, finish)
+
+        for part in parts:
+            part.add_done_callback(done)
+        return whole
+
+    def _active(self) -> list[_Member]:
+        return [member for member in self._members if self._evaluating or member.entry.duty != "gold"]
+
+    def _counted(self, members: Sequence[_Member]) -> list[_Member]:
+        """Those that make the score."""
+        trained = [member for member in members if member.weight]
+        absolute = [member for member in trained if member.scope != "pair"] if self._evaluating else trained
+        return absolute or trained
+
+    def _combine(
+        self, members: Sequence[_Member], batch: RewardBatch, results: Sequence[RewardResult], start: float
+    ) -> Scored:
+        for member, result in zip(members, results, strict=True):
+            if member.weight and isinstance(result, FailedCall) and result.fatal:
+                raise UserError(result.reason)
+        per_reward = {member.label: result for member, result in zip(members, results, strict=True)}
+        counted = self._counted(members)
+        shaped, masked, reasons = self._shaped(members, batch, per_reward)
+        errors: list[str | None] = [None] * len(batch)
+        valid, sound = np.ones(len(batch), np.bool_), np.ones(len(batch), np.bool_)
+        for member in counted:
+            has = ~np.isnan(shaped[member.label])
+            valid &= has
+            sound &= has | masked[member.label]
+            errors = [old or new for old, new in zip(errors, reasons[member.label], strict=True)]
+        channels = np.stack([shaped[member.label] for member in counted], 1)
+        total = weighted_sum(channels, [member.weight for member in counted])
+        scores = in_float32(total, valid)
+        for row in np.flatnonzero(valid & ~np.isfinite(scores)):
+            errors[row] = f"the weighted sum {total[row]:g} is beyond float32; lower the weights"
+            scores[row], valid[row], sound[row] = np.nan, False, False
+        failed = [error for error, ok in zip(errors, sound, strict=True) if error and not ok]
+        self._first_error = self._first_error or next(iter(failed), None)
+        return Scored(
+            scores, valid, errors, per_reward, time.perf_counter() - start,
+            {m.label: in_float32(shaped[m.label], ~np.isnan(shaped[m.label])) for m in members if m.shapes},
+            {member.label: member.weight for member in counted}, sound & ~valid,
+        )  # fmt: skip
+
+    def _shaped(
+        self, members: Sequence[_Member], batch: RewardBatch, per_reward: Mapping[str, RewardResult]
+    ) -> tuple[dict[str, Values], dict[str, npt.NDArray[np.bool_]], dict[str, list[str | None]]]:
+        """By label: shaped values, which samples a gate left out, and why a sample has no value."""
+        group = np.asarray(batch.group_ids or range(len(batch)), np.int64)
+        native = {
+            label: np.where(result.valid, result.scores, np.nan).astype(np.float64)
+            for label, result in per_reward.items()
+        }
+        values, masked, reasons = {}, {}, {}
+        for member in members:
+            if not member.weight and not member.shapes:
+                continue
+            label = member.label
+            steps = [step for step in member.shapes if step.kind != "rank" or not self._evaluating]
+            values[label], masked[label] = shape(native[label], steps, group, native)
+            reasons[label] = list(per_reward[label].errors)
+            for row in np.flatnonzero(per_reward[label].valid & np.isnan(values[label])):
+                reasons[label][row] = _gate_reason(label, steps, int(row), native, per_reward)
+        return values, masked, reasons
+
+    def check_failures(self, sound: npt.NDArray[np.bool_]) -> None:
+        """Raise RewardFailure when more than ``max_invalid_fraction`` of an iteration's samples failed.
+
+        sound: bool [B] of the whole iteration, all processes (see ``Scored.sound``). The message has the first error
+        since the last check.
         """
         first, self._first_error = self._first_error, None
-        invalid = int(np.size(valid) - np.count_nonzero(valid))
+        invalid = int(np.size(sound) - np.count_nonzero(sound))
         limit = self.failures.max_invalid_fraction
-        if invalid <= limit * np.size(valid):
+        if invalid <= limit * np.size(sound):
             return
         raise RewardFailure(
-            f"{invalid} of {np.size(valid)} samples could not be scored, more than failures.max_invalid_fraction "
+            f"{invalid} of {np.size(sound)} samples could not be scored, more than failures.max_invalid_fraction "
             f"({limit:g}) allows; first error: {first or 'in another process, see its log'}; mend the reward"
         )
 
     def close(self) -> None:
-        """Drop what waits and end the worker when its batch is done."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
+        """Drop what waits and end the executors when their batch is done."""
+        for member in self._members:
+            member.executor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -171,65 +299,58 @@ class RewardRuntime:
         self.close()
 
 
-def _run(label: str, reward: Reward, batch: RewardBatch, *, monitor: bool) -> RewardResult:
-    # A copy: a reward that writes into the pictures must not change what the next one sees.
-    own = dataclasses.replace(batch, images=batch.images.copy())
-    try:
-        return _checked(label, reward.score(own), len(batch))
-    except Exception as error:
-        # A reward is foreign code: whatever it raises masks its samples. A broken contract is the user's to mend.
-        if isinstance(error, UserError) and not monitor:
-            raise
-        text = _told(label, error)
-    count = len(batch)
-    return RewardResult(np.full(count, np.nan, np.float32), np.zeros(count, np.bool_), [text] * count)
+def _member(
+    label: str, entry: RewardEntry, entries: Sequence[RewardEntry], failures: Failures, remember: bool
+) -> _Member:
+    shapes, problems = read_shaping(entry.shaping)
+    known = labels(entries)
+    problems += [f"gate: no reward is called {s.by!r}" for s in shapes if s.kind == "gate" and s.by not in known]
+    if problems:
+        raise UserError(f"rewards: {entry.name}: shaping: " + "; ".join(problems))
+    scope = scope_of(entry)
+    remembers = remember and scope == "sample" and declared(entry.name, "deterministic") is True
+    cache = RewardCache(entry.name, entry.args) if remembers else None
+    executor = make_executor(label, entry, settings_of(entry, failures), cache)
+    return _Member(label, entry, executor, shapes, scope, declared(entry.name, "media") or frozenset())
 
 
-def _told(label: str, error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{label}: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+def settings_of(entry: RewardEntry, failures: Failures) -> ExecutorSettings:
+    """How a reward is executed: its own settings, and those of ``failures`` where it leaves them open."""
+    given = vars(entry.executor)
+    shared = {name: vars(failures)[name] for name in DEADLINES if given[name] is None}
+    return ExecutorSettings(**{**given, **shared})
 
 
-def _checked(label: str, result: RewardResult, count: int) -> RewardResult:
-    """A result that keeps its contract; scores that are not finite become invalid."""
-    if not isinstance(result, RewardResult):
-        raise UserError(f"reward {label!r}: score() returned {type(result).__name__}; return a RewardResult")
-    for what, array, dtype in (("scores", result.scores, np.float32), ("valid", result.valid, np.bool_)):
-        _check_array(label, what, array, np.dtype(dtype), count)
-    for what, array in result.components.items():
-        _check_array(label, f"components[{what!r}]", array, np.dtype(np.float32), count)
-    for what, texts in (("errors", result.errors), ("details", result.details or [None] * count)):
-        if len(texts) != count:
-            raise UserError(f"reward {label!r}: {len(texts)} {what} for {count} pictures; return one a picture")
-    errors = list(result.errors)
-    valid = result.valid & np.isfinite(result.scores)
-    for row in np.flatnonzero(~valid):
-        if errors[row] is None:
-            finite = f"score is {result.scores[row]}, which is not finite"
-            errors[row] = f"{label}: {finite if result.valid[row] else 'no valid score'}"
-    for row in np.flatnonzero(valid):
-        errors[row] = None
-    scores = np.where(valid, result.scores, np.float32(np.nan)).astype(np.float32)
-    return dataclasses.replace(result, scores=scores, valid=valid, errors=errors)
+def _gate_reason(
+    label: str, steps: Sequence[Shape], row: int, native: Mapping[str, Values], per_reward: Mapping[str, RewardResult]
+) -> str:
+    for step in steps:
+        if step.kind == "gate":
+            score = native[step.by][row]
+            if np.isnan(score):
+                return f"{label}: its gate {step.by} has no score: {per_reward[step.by].errors[row]}"
+            if step.otherwise is None and not step.at_least <= score <= step.at_most:
+                return f"{label}: left out by its gate, where {step.by} is {score:.4g}"
+    return f"{label}: shaping gave no number"
 
 
-def _check_array(label: str, what: str, array: object, dtype: np.dtype[np.generic], count: int) -> None:
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"reward {label!r}: {what} is {type(array).__name__}; return numpy {dtype} [{count}]")
-    if array.dtype != dtype or array.shape != (count,):
+def _check_media(member: _Member, batch: RewardBatch) -> None:
+    kind = "video" if batch.images.ndim == 5 else "image"
+    if member.weight and member.media and kind not in member.media:
         raise UserError(
-            f"reward {label!r}: {what} is {array.dtype} {list(array.shape)} for {count} pictures; "
-            f"return numpy {dtype} [{count}]"
+            f"reward {member.label!r}: scores {' and '.join(sorted(member.media))}s, and these are {kind}s "
+            f"{list(batch.images.shape)}; choose another reward or another model"
         )
 
 
 def _check_batch(batch: RewardBatch) -> None:
     images = batch.images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"RewardBatch.images: expected uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
-    counts = {len(images), len(batch.prompts), len(batch.metadata), len(batch.group_ids) or len(images)}
+    if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] != 3:
+        raise ValueError(
+            f"RewardBatch.images: expected uint8 [B, H, W, 3] or [B, F, H, W, 3], got {images.dtype} {list(images.shape)}"
+        )
+    references = len(images) if batch.reference is None else len(batch.reference)
+    counts = {len(images), len(batch.prompts), len(batch.metadata), len(batch.group_ids) or len(images), references}
     if len(counts) > 1:
         raise ValueError(
             f"RewardBatch: {len(images)} images, {len(batch.prompts)} prompts, {len(batch.metadata)} metadata, "

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from flowrl import registry, rng
-from flowrl.config.schema import Config, RewardEntry
+from flowrl.config.rewards import judging
+from flowrl.config.schema import Config
 from flowrl.data.prompts import read_prompts
 from flowrl.data.sampler import weights_by_tag
 from flowrl.distributed.backend import Backend
@@ -51,11 +52,10 @@ def held_out_prompts(config: Config) -> list[PromptRow]:
 
 
 def evaluation_rewards(config: Config, training: RewardRuntime) -> RewardRuntime:
-    """The evaluation's own rewards, or those of training where it names none."""
+    """The evaluation's own rewards, or those of training where it names none; and gold in either case."""
     if not config.evaluation.rewards:
-        return training
-    entries: tuple[RewardEntry, ...] = config.evaluation.rewards
-    return RewardRuntime(entries, config.failures)
+        return training.for_evaluation()
+    return RewardRuntime(judging(config), config.failures).for_evaluation()
 
 
 def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:

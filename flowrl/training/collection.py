@@ -55,6 +55,29 @@ class Visit:
     policy_version: int
 
 
+class _Waiting:
+    """Finished latents on their way to the rewards. sizes: int64 [P], members of each group, where whole ones are asked."""
+
+    def __init__(self, sizes: Tensor | None) -> None:
+        self.ends = None if sizes is None else sizes.cumsum(0)
+        self.start = self.done = 0
+        self.x0: list[Tensor] = []
+        self.group_id: list[Tensor] = []
+
+    def add(self, x0: Tensor, group_id: Tensor) -> tuple[int, Tensor, Tensor] | None:
+        """Take rows in; returns those that can be scored as (number of the first, x0, group ids), None for none."""
+        self.x0.append(x0)
+        self.group_id.append(group_id)
+        self.done += len(x0)
+        whole = self.done if self.ends is None else int((self.ends * (self.ends <= self.done)).max())
+        if whole <= self.start:
+            return None
+        first, count = self.start, whole - self.start
+        latents, ids = torch.cat(self.x0), torch.cat(self.group_id)
+        self.x0, self.group_id, self.start = [latents[count:]], [ids[count:]], whole
+        return first, latents[:count], ids[:count]
+
+
 def request_of(config: Config, row: PromptRow) -> Request:
     """What a prompt asks of this run's model."""
     model = config.model
@@ -102,20 +125,24 @@ class Collector:
         row = torch.arange(len(drawn)).repeat_interleave(groups.sizes)
         parts: list[Trajectory] = []
         pending: list[Future[Scored]] = []
+        self.rewards.begin_iteration()
+        waiting = _Waiting(groups.sizes if self.rewards.needs_groups else None)
         made = rollout(self.policy, groups, self._plan(groups, visit))
         while True:
             with self.clock.phase("rollout"):
                 part = next(made, None)
             if part is None:
                 break
-            start = sum(len(p) for p in parts)
             parts.append(part)
-            asked = [requests[i] for i in row[start : start + len(part)].tolist()]
-            pending.append(self._submit(part.x0, part.group_id, asked))
+            ready = waiting.add(part.x0, part.group_id)
+            if ready is not None:
+                start, x0, group_id = ready
+                pending.append(self._submit(x0, group_id, [requests[i] for i in row[start : start + len(x0)].tolist()]))
         scored = self._wait(pending)
         trajectory = concatenate(parts)
-        scored = replace(scored, valid=scored.valid & metrics.finite_rows(trajectory.x0).numpy())
-        self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.valid)).numpy())
+        finite = metrics.finite_rows(trajectory.x0).numpy()
+        self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.sound & finite)).numpy())
+        scored = replace(scored, valid=scored.valid & finite)
         values = (
             self._values(trajectory, prompted, row, requests, scored) if self.config.credit.values != "none" else None
         )
@@ -137,9 +164,8 @@ class Collector:
 
     def _submit(self, x0: Tensor, group_id: Tensor, requests: Sequence[Request]) -> Future[Scored]:
         with self.clock.phase("decode"):
-            images = self.adapter.decode(x0, requests[0])
-            # A latent that is not finite shows as black; its sample is masked by finite_rows.
-            pixels = (images.nan_to_num(0.0) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            decoded = [self._pixels(part, requests[0]) for part in torch.split(x0, self.config.batch.micro_batch)]
+            pixels = torch.cat(decoded).numpy()
         with self.clock.phase("reward"):
             return self.rewards.submit(
                 RewardBatch(
@@ -150,6 +176,12 @@ class Collector:
                     latents=x0,
                 )
             )
+
+    def _pixels(self, x0: Tensor, request: Request) -> Tensor:
+        """uint8 [B, H, W, 3], or [B, F, H, W, 3] where the adapter decodes to [B, 3, F, H, W]; on CPU."""
+        # A latent that is not finite shows as black; its sample is masked by finite_rows.
+        images = self.adapter.decode(x0, request).nan_to_num(0.0)
+        return (images * 255).round().to(torch.uint8).movedim(1, -1).contiguous().cpu()
 
     def _wait(self, pending: Sequence[Future[Scored]]) -> Scored:
         with self.clock.phase("reward"):

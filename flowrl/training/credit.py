@@ -17,7 +17,7 @@ from flowrl.distributed.backend import Backend
 from flowrl.records import Trajectory
 from flowrl.scoring.runtime import Scored
 from flowrl.training.budget import chosen_members
-from flowrl.training.collection import Collected
+from flowrl.training.collection import Collected, StateValues
 
 
 def takes_channels(name: str) -> bool:
@@ -41,6 +41,18 @@ def gather(scored: Scored, trajectory: Trajectory, config: Config, backend: Back
     group = backend.gather(trajectory.group_id)
     valid = drop_thin_groups(backend.gather(torch.from_numpy(scored.valid)), group, config.failures.min_valid)
     return Gathered(scores, valid, group, chosen_members(config.batch.selection, scores, group, valid))
+
+
+def _of_values(config: Config, values: StateValues, mask: Tensor, backend: Backend) -> dict[str, Tensor]:
+    """What estimators read of the values of states: by step, before it, at the cuts between steps."""
+    start, step = backend.gather(values.start), backend.gather(values.step)
+    found = {
+        "step_value": torch.where(mask, step, 0.0),
+        "stage_reward": step,
+        "value": torch.cat([start[:, None], step[:, :-1]], 1),
+        "segment_value": torch.cat([start[:, None], step], 1),
+    }
+    return found | ({"start_value": start} if reads_start(config) else {})
 
 
 def assign(
@@ -70,7 +82,7 @@ def assign(
         if stored is not None:
             inputs[name] = backend.gather(stored.cpu())
     if takes_channels(a.name):
-        per_reward = [torch.from_numpy(scored.per_reward[label].scores) for label in weights]
+        per_reward = [torch.from_numpy(scored.channel(label)) for label in weights]
         inputs["rewards"] = backend.gather(torch.stack(per_reward, 1).double())
         inputs["weights"] = torch.tensor(list(weights.values()), dtype=torch.float64)
     else:
@@ -78,11 +90,19 @@ def assign(
         last = torch.zeros(mask.shape, dtype=torch.float64)
         last[:, -1] = torch.where(valid, gathered.scores, 0.0)
         inputs["step_reward"] = last
-    if collected.values is not None:
-        if reads_start(config):
-            inputs["start_value"] = backend.gather(collected.values.start)
-        inputs["step_value"] = torch.where(mask, backend.gather(collected.values.step), 0.0)
     wanted = inputs_of(ESTIMATORS[a.name])
+    if trajectory.state is not None and trajectory.node is not None:
+        inputs["anchor"] = backend.gather(trajectory.state)
+        inputs["node_path"] = backend.gather(torch.cat([trajectory.parent[:, None], trajectory.node], 1))
+    inputs["segment"] = torch.arange(steps).expand(len(group), -1)  # one transition a segment, its nodes one level
+    if collected.values is not None:
+        inputs |= _of_values(config, collected.values, mask, backend)
+        if not {"step_value"} & set(wanted):  # these take no gaps: a sample whose value failed leaves
+            whole = inputs["segment_value"].isfinite().all(1) if reads_start(config) else mask[:, 0]
+            inputs["valid"] = valid = valid & whole & inputs["stage_reward"].isfinite().all(1)
+            inputs["mask"] = mask = mask & valid[:, None]
+            for name in {"value", "segment_value", "stage_reward", "step_reward"} & set(inputs):
+                inputs[name] = torch.where(valid[:, None], inputs[name], 0.0)
     options = dict(a.options)
     if "steps" in options_of(ESTIMATORS[a.name]):
         options.setdefault("steps", config.rollout.steps)  # the length of the schedule, for estimators that ask

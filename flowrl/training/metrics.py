@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,14 @@ from torch import Tensor
 
 from flowrl.advantage import Advantage
 from flowrl.distributed.backend import Backend
+from flowrl.evaluation.paired import Evaluated
+from flowrl.evaluation.statistics import bootstrap_mean
 from flowrl.objectives.flow_grpo import LossTerms, merge_terms
+from flowrl.scoring.alarm import DIVERSITY, Judged, spread
+from flowrl.scoring.combine import variance_parts
+from flowrl.scoring.picture_statistics import measure
 from flowrl.scoring.runtime import Scored
+from flowrl.scoring.shaping import Values
 
 
 def finite_rows(x: Tensor) -> Tensor:
@@ -39,12 +45,32 @@ def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str,
         for part, values in result.components.items():
             have = mask & torch.from_numpy(np.isfinite(values))
             row[f"reward/{name}/{part}"] = _mean(torch.from_numpy(values), have, backend)
+    for name, values in scored.shaped.items():
+        row[f"reward/{name}/shaped"] = _mean(torch.from_numpy(values), torch.from_numpy(np.isfinite(values)), backend)
+    if scored.gated is not None:
+        row["score/gated"] = int(backend.total(torch.from_numpy(scored.gated).sum()))
     row["score/invalid"] = int(backend.total((~valid).sum()))
     trained = credit.loss_mask.any(dim=1)
     row["group/live_fraction"] = float(credit.live[trained].float().mean()) if bool(trained.any()) else 0.0
     if credit.group_std is not None:
         row["group/std_mean"] = float(credit.group_std[trained].mean()) if bool(trained.any()) else None
     return row
+
+
+def of_shares(scored: Scored, group_id: Tensor, backend: Backend) -> dict[str, Any]:
+    """Each trained reward's share of the variance of the score within groups; they add up to 1, and may be negative.
+
+    Nothing for a single reward. group_id: int64 [B]; groups are whole in each process, so the parts add up.
+    """
+    names = list(scored.weights)
+    if len(names) < 2:
+        return {}
+    channels = np.stack([scored.channel(name).astype(np.float64) for name in names], 1)
+    channels[~scored.valid] = np.nan
+    parts, whole = variance_parts(channels, list(scored.weights.values()), group_id.numpy())
+    *sums, total = backend.total(torch.tensor([*parts, whole], dtype=torch.float64)).tolist()
+    shares = {name: part / total if total else None for name, part in zip(names, sums, strict=True)}
+    return {f"reward/{name}/variance_share": share for name, share in shares.items()}
 
 
 def of_update(
@@ -81,6 +107,47 @@ def of_update(
 
 def _finite(number: float) -> float | None:
     return number if np.isfinite(number) else None
+
+
+def judged(evaluated: Evaluated, gold: Mapping[str, float]) -> Judged:
+    """What the alarm looks at: the score, gold scores and diversity of each picture. gold: label -> weight."""
+    rows = evaluated.rows
+    prompt_ids = np.array([row["prompt_id"] for row in rows], np.int64)
+    several = len(np.unique(prompt_ids)) < len(rows)
+    watched = {f"gold/{label}": _column([row["scores"].get(label) for row in rows]) for label in gold}
+    watched |= {DIVERSITY: spread(evaluated.images, prompt_ids if several else np.zeros_like(prompt_ids))}
+    means = {label: _mean_of(watched[f"gold/{label}"]) for label in gold}
+    known = [(gold[label], mean) for label, mean in means.items() if mean is not None]
+    total = sum(weight * mean for weight, mean in known) if known else None
+    return Judged(int(rows[0]["iteration"]), prompt_ids, _column([row["score"] for row in rows]), watched, total)
+
+
+def of_evaluation(evaluated: Evaluated, seen: Judged, gold: Mapping[str, float]) -> dict[str, Any]:
+    """Means of an evaluation with intervals: strict, score, each reward, gold, diversity and picture statistics."""
+    rows = evaluated.rows
+    series = {"eval/strict": _column([row["strict"] for row in rows]), "eval/score": seen.proxy}
+    labels = list(rows[0]["scores"])
+    plain = [label for label in labels if label not in gold]
+    for label in plain if len(plain) > 1 else ():
+        series.setdefault(f"eval/{label}", _column([row["scores"][label] for row in rows]))
+    series |= {f"{name if name != DIVERSITY else 'eval/diversity'}": values for name, values in seen.watched.items()}
+    found: dict[str, Any] = {}
+    for name, values in series.items():
+        if not np.isnan(values).all():
+            interval = bootstrap_mean(values, seen.prompt_ids, seed=0)
+            found |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    if seen.gold is not None:
+        found["gold/score"] = seen.gold
+    pictures = evaluated.images.reshape(-1, *evaluated.images.shape[-3:])
+    return found | {f"picture/{name}": float(values.mean()) for name, values in measure(pictures).items()}
+
+
+def _column(values: Sequence[float | bool | None]) -> Values:
+    return np.array([np.nan if value is None else float(value) for value in values], np.float64)
+
+
+def _mean_of(values: Values) -> float | None:
+    return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def of_memory() -> dict[str, float]:

@@ -20,9 +20,11 @@ from flowrl.evaluation.grids import save_grids
 from flowrl.evaluation.paired import Evaluated, evaluate
 from flowrl.evaluation.report import write_report
 from flowrl.evaluation.statistics import bootstrap_mean, summarise
+from flowrl.scoring import alarm
 from flowrl.tracking import open_trackers
 from flowrl.tracking.jsonl import JsonLines, cut_after
 from flowrl.tracking.progress import Progress
+from flowrl.training import metrics
 from flowrl.training.build import Parts
 
 Callback = Callable[[int, Mapping[str, Any]], None]
@@ -42,6 +44,8 @@ class Run:
         self.leads = parts.trainer.backend.leads
         self.failed_saves = 0
         self.rolled_back = False
+        self.watch = alarm.Watch(config.alarm, bootstrap_mean)
+        self.improved = False
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
@@ -56,6 +60,8 @@ class Run:
         for warning in loaded.warnings:
             self.write(f"warning: {warning}")
         self.trainer.load_state(loaded.state)
+        if "alarm" in loaded.state:  # not in those written before there was one
+            self.watch.load(loaded.state["alarm"])
         self.cut(self.trainer.iteration)
 
     def cut(self, iteration: int) -> None:
@@ -78,6 +84,7 @@ class Run:
                 log.write({"iteration": 0, **self.quick_evaluation(progress)})
             while trainer.iteration < config.iterations:
                 progress.phase("training")
+                self.improved = False
                 row = trainer.iterate()
                 if trainer.skipped.hopeless:
                     self.roll_back(progress)
@@ -92,7 +99,7 @@ class Run:
                 progress.advance(row["score/mean"], self.note(row))
                 ended = trainer.iteration == config.iterations
                 stopping = trainer.backend.largest(stop.requested or 0)  # any process's signal stops all of them
-                if stopping or ended or self.due(config.checkpoint.every):
+                if stopping or ended or self.due(config.checkpoint.every) or self.improved:
                     self.save(progress, must=bool(stopping) or ended)
                 if stopping:
                     progress.message(
@@ -121,11 +128,12 @@ class Run:
             "flowrl": __version__,
             "torch": torch.__version__,
             "command": self.command,
+            "alarm": self.watch.fired,
         }
         try:
             store.save(
-                self.folder / "checkpoints", self.trainer.iteration, self.trainer.state(),
-                info=info, keep=self.config.checkpoint.keep,
+                self.folder / "checkpoints", self.trainer.iteration, self.trainer.state() | {"alarm": self.watch.state()},
+                info=info, keep=self.config.checkpoint.keep, protected=[at for at, _ in self.watch.best.values()],
             )  # fmt: skip
             self.failed_saves = 0
         except store.CheckpointWriteError as error:
@@ -159,15 +167,24 @@ class Run:
         """Means with intervals over the first ``evaluation.quick`` prompts, with the averaged weights."""
         progress.phase("evaluation")
         with self.trainer.weights.averaged():
-            rows = self.evaluate("checkpoint", self.parts.evaluation_prompts[: self.config.evaluation.quick]).rows
-        found: dict[str, Any] = {}
-        for name in ("strict", "score"):
-            known = [(float(r[name]), int(r["prompt_id"])) for r in rows if r[name] is not None]
-            if known:
-                interval = bootstrap_mean([value for value, _ in known], [prompt for _, prompt in known], seed=0)
-                found[f"eval/{name}"] = interval.mean
-                found |= {f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
-        return found
+            evaluated = self.evaluate("checkpoint", self.parts.evaluation_prompts[: self.config.evaluation.quick])
+        gold = self.parts.evaluation_rewards.gold
+        seen = metrics.judged(evaluated, gold)
+        best = dict(self.watch.best)
+        findings = self.watch.note(seen)
+        changed = self.watch.best != best
+        self.improved = changed and self.trainer.iteration > 0  # the base needs no checkpoint
+        if changed and self.leads:
+            self.write_best()
+        told = alarm.warning(findings, self.watch.fired, self.config.alarm.patience)
+        if told:
+            progress.message(f"warning: iteration {self.trainer.iteration}: {told}")
+        return metrics.of_evaluation(evaluated, seen, gold) | alarm.metrics(findings, self.watch)
+
+    def write_best(self) -> None:
+        """Write best.json: the iterations with the best score (best_proxy) and the best gold score, each kept as a checkpoint."""
+        best = {key: {"iteration": at, "mean": mean} for key, (at, mean) in self.watch.best.items()}
+        (self.folder / "best.json").write_text(json.dumps(best, indent=1, allow_nan=False), encoding="utf-8")
 
     def finish(self, progress: Progress) -> None:
         """Evaluate base and tuned weights, write samples, grids, evaluation.json, the export and the report."""
@@ -197,7 +214,7 @@ class Run:
         evaluation = {
             "command": self.command, "version": __version__, "seed": self.config.seed,
             "iteration": self.trainer.iteration, "machine": machine(),
-            "settings": to_mapping(self.config)["evaluation"], **summarise([*base.rows, *tuned.rows]),
+            "settings": to_mapping(self.config)["evaluation"], "alarm": self.watch.fired, **summarise([*base.rows, *tuned.rows]),
         }  # fmt: skip
         (self.folder / "evaluation.json").write_text(
             json.dumps(evaluation, indent=1, allow_nan=False), encoding="utf-8"

@@ -89,6 +89,7 @@ class Trainer:
         with self.clock.phase("advantage"):
             batch, credit = self._credit(collected)
             row |= metrics.of_rewards(collected.scored, credit, self.backend)
+            row |= metrics.of_shares(collected.scored, collected.trajectory.group_id, self.backend)
         if not self._checked:
             self._self_check(batch, collected.first_chunk)
         row |= self._train(batch)

@@ -37,8 +37,8 @@ CASES = [
     (
         "unknown_reward",
         ["rewards=[{name: compositionel}]"],
-        "rewards.0.name: unknown reward 'compositionel'; did you mean compositional? Known are compositional, "
-        "jpeg, package.module:name or path/to/file.py:name",
+        "rewards.0.name: unknown reward 'compositionel'; did you mean compositional? Known are "
+        f"{', '.join(registry.names('reward'))}, package.module:name or path/to/file.py:name",
     ),
     (
         "reward_argument",
@@ -64,7 +64,7 @@ CASES = [
     (
         "duplicate_reward",
         ["rewards=[{name: jpeg}, {name: jpeg, weight: 0.0}]"],
-        "rewards: jpeg is given 2 times; keep one, or give them names of their own through path.py:name",
+        "rewards: jpeg is given 2 times; keep one, or give each a label of its own",
     ),
     (
         "no_weight",

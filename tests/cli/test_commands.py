@@ -120,7 +120,8 @@ def test_a_mistake_found_late_reads_like_an_early_one(
 
 def test_rewards_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rewards", "list"]) == 0
-    assert "jpeg           flowrl.rewards.jpeg:JpegSize\n" in capsys.readouterr().out
+    listed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["jpeg", "flowrl.rewards.jpeg:JpegSize"] in listed
 
 
 def test_methods_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +132,9 @@ def test_methods_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(list(row) == keys for row in rows)
     gae = next(row for row in rows if row["key"] == "gae")
     assert gae["inputs"][:3] == ["step_reward", "value", "mask"] and gae["options"]["lam"]
-    assert gae["config"] == "" and gae["refusal"].startswith("gae needs 'value'")
+    assert gae["config"] == "advantage.name=gae credit.values=x0" and gae["refusal"] == ""
+    hae = next(row for row in rows if row["key"] == "hae")
+    assert hae["config"] == "" and hae["refusal"].startswith("hae needs 'value_high'")
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ def other_value(annotation: Any, now: Any) -> Any:
         return (RewardEntry(name="other", weight=0.5, args={"k": [1, "two", None]}),)
     if annotation == dict[str, float]:
         return {"colors": 2.5}
+    if annotation == float | None:
+        return None if now is not None else 2.5
     if annotation == dict[str, Any]:
         return {"k": [1, "two", None]}
     return {bool: not now, int: 7, float: 0.125, str: "other"}[annotation]

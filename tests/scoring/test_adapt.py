@@ -13,7 +13,8 @@ import torch
 from flowrl.config.schema import RewardEntry
 from flowrl.errors import UserError
 from flowrl.records import RewardBatch, RewardResult
-from flowrl.scoring.adapt import as_reward, load_reward, read_scores
+from flowrl.scoring.adapt import as_reward, load_reward
+from flowrl.scoring.returned import read_scores
 
 
 def batch(count: int = 3) -> RewardBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +88,62 @@ def test_an_unusable_reward_is_an_error() -> None:
         probe("nothing", {})
     with pytest.raises(UserError, match="unknown argument of jpeg"):
         probe("jpeg", {"qualty": 1})
+
+
+def films(videos: Any, reference: Any) -> list[float]:
+    assert videos.shape == reference.shape and videos.ndim == 5
+    return [float(video.mean()) for video in videos]
+
+
+def duel(first: Any, second: Any) -> Any:
+    a, b = (part.images.mean((1, 2, 3)) for part in (first, second))
+    return (a > b) + 0.5 * (a == b)
+
+
+class Declares:
+    backbone = "tiny"
+    licence = "MIT"
+    media = frozenset({"image"})
+    presets = frozenset({"26", "raw"})
+
+    def score(self, images: Any, prompts: Any) -> list[float]:
+        return [float(image.mean()) for image in images]
+
+
+def test_videos_references_and_pairs_are_tried_as_such() -> None:
+    report = probe(f"{HERE}:films", {})
+    assert "  declares               scope sample" in report and report.endswith("usable")
+    report = probe(f"{HERE}:duel", {})
+    assert "  one group a call       same scores" in report and "  declares               scope pair" in report
+    assert report.splitlines()[2].startswith("  flat           8/8 scored   min 0  mean 0.5  max 1")
+
+
+def test_what_a_reward_says_of_itself_is_shown() -> None:
+    report = probe(f"{HERE}:Declares", {})
+    assert "declares               scope sample; media image; backbone tiny; licence MIT; presets 26, raw\n" in report
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(pictures, texts): ...", "f(pictures, texts) takes no pictures; write it as f(images, prompts)"),
+        ("def f(images, trainer_state): ...", "trainer_state belongs to text training"),
+        ("async def f(images, prompts): ...", "is an async function; make it a plain one"),
+        ("def f(images, prompts, /): ...", "parameter images cannot be passed by name"),
+        ("class f:\n    pass", "class f has no method score(batch: RewardBatch) -> RewardResult"),
+        (
+            "def f(images):\n    return images.mean()",
+            "returned float64 for 8 pictures; return one float (or None) a picture",
+        ),
+        ("def f(images):\n    return [[0.0]] * 8", "returned list [0.0] for picture 0"),
+        ("def f(first, second):\n    return [2.0] * len(first)", "compare() returned 2; return how much better"),
+        ("def f(images, style):\n    return [0.0] * 8", "f: the prompt's metadata has no 'style'"),
+        ("f = 3", "int is neither a class with score(batch) nor a function"),
+    ],
+)
+def test_each_signature_is_told_what_is_wrong_with_it(source: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(source + "\n")
+    with pytest.raises(UserError) as caught:
+        probe(f"{file}:f", {})
+    assert message in str(caught.value)

@@ -268,7 +268,7 @@ def test_what_cannot_be_run() -> None:
         RewardRuntime([entry("ones"), RewardEntry(name="misspelt", weight=0.0)], Failures())
     good = batch(1, 2)
     with RewardRuntime([entry("ones")], Failures()) as runtime:
-        with pytest.raises(ValueError, match=r"expected uint8 \[B, H, W, 3\], got float64 \[2, 2, 2, 3\]"):
+        with pytest.raises(ValueError, match=r"or \[B, F, H, W, 3\], got float64 \[2, 2, 2, 3\]"):
             runtime.score(RewardBatch(good.images.astype(float), good.prompts, good.metadata))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="2 images, 1 prompts, 2 metadata, 0 group ids"):
             runtime.score(RewardBatch(good.images, ["one"], good.metadata))

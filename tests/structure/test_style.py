@@ -20,7 +20,9 @@ MANY_ARGUMENTS: dict[str, str] = {
     "pipelines/tiny.py:build_sd3": "each argument is one size of the tiny model",
 }
 EXTRA_KEYWORDS: dict[str, str] = {}
-BROAD_HANDLERS: dict[str, str] = {}
+BROAD_HANDLERS: dict[str, str] = {
+    "flowrl/scoring/deadlines.py:fulfil": "the future that takes the error raises it in the thread that waits for it",
+}
 
 
 def long_files(source: Source) -> list[str]:

@@ -54,16 +54,15 @@ def test_two_passes_with_a_detached_branch_and_velocity_kl(tiny_sd3: Path) -> No
 
 def test_silent_groups_cost_no_update(tiny_sd3: Path) -> None:
     """A constant reward leaves nothing to learn: the rollout's 8 calls (no prefix) and no others, and no weight moves."""
-    config = small_config(tiny_sd3, **{"rollout.window.last": 0})
-    trainer = make(config)
-    trainer.rewards._rewards = {label: _Constant() for label in trainer.rewards._rewards}
+    rewards = [{"name": "tests.training.test_calls:Constant"}]
+    trainer = make(small_config(tiny_sd3, **{"rollout.window.last": 0, "rewards": rewards}))
     before = [p.detach().clone() for p in trainer.weights.parameters]
     row = trainer.iterate()
     assert (row["calls/forward"], row["calls/backward"], row["update/steps"]) == (8, 0, 0)
     assert all((a == b).all() for a, b in zip(before, trainer.weights.parameters, strict=True))
 
 
-class _Constant:
+class Constant:
     name = "constant"
 
     def score(self, batch):

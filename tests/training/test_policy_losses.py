@@ -13,8 +13,8 @@ from flowrl.config import engine
 from flowrl.config.validate import validate
 from flowrl.plan import plan
 from flowrl.training import losses
-from flowrl.training.trainer import Trainer
 from flowrl.training.batch import TrainingBatch
+from flowrl.training.trainer import Trainer
 from flowrl.training.update import accumulate, chunks, replay_log_prob
 from tests.training.helpers import make, small_config
 

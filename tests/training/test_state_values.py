@@ -89,3 +89,39 @@ def test_every_estimator_of_values_trains(values: str, name: str) -> None:
     for _ in range(12):
         after = trainer.iterate()["score/mean"]
     assert after > before + 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("gae", "x0"), ("open_reasoner_zero", "x0"), ("ma_rlhf", "x0"), ("mt_ppo", "x0"), ("rubricem", "x0"),
+     ("prorag", "x0"), ("spo_chain", "ode"), ("spo_tree", "none"), ("gigpo", "none"), ("grpo_ma", "none")],
+)  # fmt: skip
+def test_token_methods_read_values_and_trees_of_a_trajectory(name: str, values: str) -> None:
+    tree = {"rollout.share_prefix": True, "rollout.splits": [2, 3], "rollout.children": 4} if values == "none" else {}
+    adapter = GaussianAdapter(10)
+    config = toy_config(**(BASE | tree | {"credit.values": values, "advantage.name": name, "optimizer.lr": 0.02}))
+    trainer = Trainer(config, adapter, LatentReward(lambda x0: x0.flatten(1).sum(1)), rows(4))
+    before = trainer.iterate()["score/mean"]
+    for _ in range(12):
+        after = trainer.iterate()["score/mean"]
+    assert after > before + 0.05
+
+
+def test_a_failed_value_takes_its_sample_out_of_methods_without_gaps() -> None:
+    """gae reads the values of all states of a sample: one that failed leaves the loss, and the others keep theirs."""
+
+    def reward(x0: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x0))
+        scores = x0.flatten(1).sum(1).clone()
+        if len(calls) == 3 and broken:
+            scores[5] = np.nan
+        return scores
+
+    found = {}
+    for broken in (True, False):
+        calls: list[int] = []
+        collected, _, trainer = values_of(reward, **{"credit.values": "x0", "advantage.name": "gae"})
+        found[broken] = trainer._credit(collected)[0]
+    assert not bool(found[True].element[5].any()) and bool(found[False].element.all())
+    others = torch.arange(64) != 5
+    torch.testing.assert_close(found[True].advantage[others], found[False].advantage[others])

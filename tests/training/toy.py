@@ -66,6 +66,8 @@ class GaussianAdapter:
 class LatentReward:
     """A reward runtime whose score is a function of x0; no pictures, no threads."""
 
+    needs_groups = False
+
     def __init__(self, function) -> None:
         self.function = function
 
@@ -81,7 +83,10 @@ class LatentReward:
 
         return Done()
 
-    def check_failures(self, valid) -> None:
+    def begin_iteration(self) -> None:
+        return None
+
+    def check_failures(self, sound) -> None:
         return None
 
     def close(self) -> None:

@@ -1,0 +1,89 @@
+"""Rewards that fail on request, for the tests of executors; worker processes load them from this file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+WOKEN = threading.Event()
+
+
+def first_pixel(images: Any, prompts: Any) -> list[float]:
+    return [float(image.reshape(-1)[0]) for image in images]
+
+
+def faulty(images: Any, prompts: list[str]) -> Any:
+    """The first pixel, unless the first prompt names a fault."""
+    fault = prompts[0]
+    if fault == "raise":
+        raise RuntimeError("the model fell over")
+    if fault == "short":
+        return [0.0]
+    if fault == "nan":
+        return [float("nan"), *first_pixel(images, prompts)[1:]]
+    if fault == "inf":
+        return [float("inf"), *first_pixel(images, prompts)[1:]]
+    if fault == "hang":
+        WOKEN.wait(3)
+    if fault == "die":
+        sys.stderr.write("out of memory, says the reward\n")
+        sys.stderr.flush()
+        os._exit(7)
+    if fault == "interrupt":
+        raise KeyboardInterrupt
+    if fault == "print":
+        print("to standard output")
+        os.write(1, b"and to its file descriptor\n")
+    if fault == "scribble":
+        images[:] = 255
+    return first_pixel(images, prompts)
+
+
+def slow(images: Any, prompts: Any, seconds: float = 0.2) -> list[float]:
+    time.sleep(seconds)
+    return first_pixel(images, prompts)
+
+
+def process_id(images: Any, prompts: Any) -> list[float]:
+    return [float(os.getpid() % 100000)] * len(images)
+
+
+def prefix(images: Any, prompts: Any, expected: str) -> list[float]:
+    """Whether this interpreter is the expected one, and has none of the packages of the test's own."""
+    return [float(sys.prefix == expected and "torch" not in sys.modules)] * len(images)
+
+
+class Counting:
+    """Counts how often one is made."""
+
+    made = 0
+    name = "counting"
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+    def score(self, batch: Any) -> Any:
+        from flowrl.records import RewardResult
+
+        if batch.prompts[0] == "hang":
+            WOKEN.wait(3)
+        count = len(batch)
+        return RewardResult(
+            scores=batch.images.reshape(count, -1)[:, 0].astype(np.float32),
+            valid=np.ones(count, np.bool_),
+            errors=[None] * count,
+            components={"half": batch.images.reshape(count, -1)[:, 0].astype(np.float32) / 2},
+            details=[f"seen {prompt}" for prompt in batch.prompts],
+        )
+
+
+def dies_once(images: Any, prompts: Any, mark: str) -> list[float]:
+    if not os.path.exists(mark):
+        with open(mark, "w"):
+            os._exit(7)
+    return first_pixel(images, prompts)
