@@ -136,6 +136,19 @@ def _rewards_arguments(parser: argparse.ArgumentParser) -> None:
     )
     probe.add_argument("name", metavar="NAME", help="a registry key, package.module:name, or path/to/file.py:name")
     probe.add_argument("items", nargs="*", default=[], metavar="key=value", help="arguments of the reward")
+    serve = actions.add_parser("serve", help="answer for one reward over HTTP, for executor.kind=http of other runs")
+    serve.add_argument("name", metavar="NAME", help="as of probe")
+    serve.add_argument("items", nargs="*", default=[], metavar="key=value", help="arguments of the reward")
+    serve.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    serve.add_argument("--port", type=int, default=8765, help="0: any that is free; default: 8765")
+    serve.add_argument("--token-env", default="", metavar="NAME", help="environment variable with the bearer token")
+    convert = actions.add_parser("convert", help="rewrite an upstream .pt as safetensors, once; no code in it is run")
+    convert.add_argument(
+        "kind", metavar="KIND", help="plain, open_clip, or head (a model with a reward head of its own)"
+    )
+    convert.add_argument("file", metavar="FILE", help="the upstream .pt, .pth or .safetensors")
+    convert.add_argument("folder", metavar="FOLDER", help="where to write; nothing there is overwritten")
+    convert.add_argument("--base", default="", metavar="FOLDER", help="whose config and tokenizer files go beside them")
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -282,6 +295,11 @@ def _rewards(args: argparse.Namespace) -> int:
         width = max(len(name) for name in table)
         _write("\n".join(f"{name:{width}}  {table[name]}" for name in sorted(table)))
         return 0
+    if args.action == "convert":
+        from flowrl.scoring.convert import convert
+
+        _write("\n".join(convert(args.kind, args.file, args.folder, args.base)))
+        return 0
     from flowrl.config import ConfigError
     from flowrl.config.load import parse_arguments
 
@@ -289,6 +307,13 @@ def _rewards(args: argparse.Namespace) -> int:
     problems = registry.check_arguments("reward", args.name, arguments)
     if problems:
         raise ConfigError(problems)
+    if args.action == "serve":
+        from flowrl.config.schema import RewardEntry
+        from flowrl.scoring.service import ServiceSettings, serve
+
+        settings = ServiceSettings(host=args.host, port=args.port, token_env=args.token_env)
+        serve(RewardEntry(name=args.name, args=arguments), settings, _write)
+        return 0
     from flowrl.scoring.probe import probe
 
     _write(probe(args.name, arguments))
@@ -304,6 +329,6 @@ _COMMANDS: dict[str, _Command] = {
     "compare": (_compare, "methods side by side on one task: table, curves, pictures, intervals", _compare_arguments),
     "doctor": (_doctor, "versions, devices, optional packages and what each missing one disables", _no_arguments),
     "methods": (_methods, "every algorithm with its paper, evidence and the config that runs it", _methods_arguments),
-    "rewards": (_rewards, "the reward models: list, probe", _rewards_arguments),
+    "rewards": (_rewards, "the reward models: list, probe, serve, convert", _rewards_arguments),
 }
 _EPILOGS = {"train": _OVERRIDES, "eval": _OVERRIDES, "plan": _OVERRIDES, "compare": _OVERRIDES}
