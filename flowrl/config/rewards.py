@@ -288,6 +288,11 @@ def _gates(section: str, entries: Sequence[RewardEntry]) -> Iterator[str]:
 
 def _gold(config: Config) -> Iterator[str]:
     train = [entry for entry in config.rewards if entry.duty == "train"]
+    gates = {shape.by for entry in train for shape in read_shaping(entry.shaping)[0] if shape.kind == "gate"}
+    named = zip(labels(config.rewards), config.rewards, strict=True)
+    train += [
+        entry for label, entry in named if label in gates and entry.duty == "monitor"
+    ]  # they shape what is learned
     for section, entries in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
         for index, entry in enumerate(entries):
             if entry.role != "gold":

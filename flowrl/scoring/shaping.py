@@ -40,7 +40,8 @@ def sigmoid(values: Values, centre: float, width: float) -> Values:
     z = (values - centre) / width
     # exp of a negative number alone: the larger of both forms is never needed.
     small = np.exp(-np.abs(z))
-    return np.where(z >= 0, 1.0, small) / (1.0 + small) + 0.0 * values
+    found: Values = np.where(z >= 0, 1.0, small) / (1.0 + small)
+    return found
 
 
 def rank(values: Values, group: Groups) -> Values:

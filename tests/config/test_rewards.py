@@ -160,6 +160,13 @@ def test_gold_on_a_trained_network_is_refused_unless_allowed() -> None:
     )
 
 
+def test_a_monitor_that_gates_is_trained_on() -> None:
+    gated = "[{name: jpeg, shaping: [{gate: {by: m, at_most: 1}}]}, {name: compositional, label: m, role: monitor}, "
+    gated += "{name: compositional, label: g, role: gold}]"
+    (found,) = errors(gated)
+    assert found == "rewards.2.role: compositional is trained on as well, so it is no gold; name another reward"
+
+
 def test_values_of_states_need_rewards_of_single_samples() -> None:
     value = ["advantage={name: vgpo, options: {}, clip: 5.0}", "credit.values=x0"]
     for rewards in (

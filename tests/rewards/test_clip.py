@@ -130,6 +130,8 @@ def test_worked_numbers() -> None:
     np.testing.assert_allclose(apply_preset(cos, 100, 0, PickScore.presets["mixgrpo"]), [0.25, -3.5], atol=1e-6)
     np.testing.assert_allclose(apply_preset(cos, 100, 0, ClipScore.presets["30"]), [0.666667, -0.333333], atol=1e-6)
     np.testing.assert_allclose(apply_preset(cos, 100, 0, ClipScore.presets["paper"]), [0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose(apply_preset(cos, 100, 0, HpsV2.presets["100"]), [20, -10], atol=1e-5)
+    np.testing.assert_allclose(apply_preset(cos, 100, 0, ClipScore.presets["torchmetrics"]), [20, 0], atol=1e-5)
     np.testing.assert_allclose(apply_preset(cos, 10, -2, Preset(sigmoid=True)), [0.5, 1 / (1 + math.e**3)], atol=1e-6)
 
 

@@ -122,6 +122,7 @@ def test_rapidocr_is_called_as_it_wants(fake_rapidocr: list[dict[str, Any]]) -> 
     assert result.scores.tolist() == [0, 1] and result.valid.all()
     assert result.components["exact"].tolist() == [0, 1] and list(result.details) == ["", "HEL LO"]
     assert fake_rapidocr[1] == {"use_det": True, "use_cls": True, "use_rec": True, "pixel": [3, 2, 1]}
+    assert Ocr("mean").score(own).scores.tolist() == [0, 1] and Ocr(min_confidence=0.4).score(own).scores[1] == 1
     unsure = Ocr(min_confidence=0.5, whole=True).score(own)
     assert unsure.scores[1] == pytest.approx(0.6) and fake_rapidocr[-1]["use_det"] is False
     both = Ocr("mean", min_confidence=0.5).score(own)

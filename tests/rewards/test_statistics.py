@@ -75,3 +75,15 @@ def test_wrong_input() -> None:
     with pytest.raises(UserError, match=r"^statistics: statistic is 'hue'; use one of brightness, contrast"):
         ImageStatistics("hue")
     assert (measure(np.zeros((1, 2, 2, 3), np.uint8))["sharpness"] == 0).all()
+
+
+def test_boundaries() -> None:
+    """A nearly black red is still red; a picture of 3 x 3 has one inner pixel; a period of 4 pixels is not yet high."""
+    assert measure(flat(1, 0, 0)[None])["saturation"][0] == 1
+    cross = np.zeros((1, 4, 3, 3), np.uint8)
+    cross[0, 1, 1] = 255
+    # Two inner pixels: -4 at the white one, +1 at the one below it.
+    assert measure(cross)["sharpness"][0] == pytest.approx(6.25)
+    wave = flat(0)
+    wave[:, [0, 1, 4, 5, 8, 9, 12, 13]] = 255
+    assert measure(wave[None])["high_frequency"][0] == pytest.approx(0, abs=1e-6)

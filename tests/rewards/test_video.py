@@ -55,6 +55,8 @@ def test_known_films() -> None:
     assert motion(moving) == pytest.approx(1)  # of 100 pixels 5 leave and 5 arrive; the top 5 change by 1
     # Columns 1, 2, 3: second differences 1, -2, 1 over 5 rows of 100 pixels.
     assert steadiness(moving) == pytest.approx(1 - 5 * 4 / 100 / 2)
+    two = np.concatenate([film(dot(1), dot(2)), film(dot(3), dot(3))])
+    assert steadiness(two).tolist() == [1, 1]  # two frames have no second difference
     fade = film(grey(0), grey(50), grey(100), grey(150))
     assert steadiness(fade) == pytest.approx(1) and motion(fade) == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(motion(noise()), [slow_motion(one) for one in noise()], rtol=1e-5)

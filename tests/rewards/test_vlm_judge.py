@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flowrl.rewards import endpoint as endpoint_module
 from flowrl.rewards.judge import PrefGrpo, Rubric, UnifiedReward, YesNo
-from flowrl.rewards.parsing import axis_scores, labelled_number, preferred, yes_probability
+from flowrl.rewards.parsing import axis_scores, labelled_number, preferred, shortened, yes_probability
 from PIL import Image
 
 from flowrl.errors import UserError
@@ -178,6 +178,13 @@ def test_words_to_numbers() -> None:
             labelled_number(text, "Final Score", 1, 5)
     with pytest.raises(ValueError, match="neither yes nor no"):
         yes_probability({})
+    assert yes_probability({"yes": 5.0, "no": 0.0}) == 0.5  # no probability is above 1
+    assert (
+        labelled_number("Final Score: 1", "Final Score", 1, 5) == 1
+        and labelled_number("Final Score: 5", "Final Score", 1, 5) == 5
+    )
+    assert shortened("a \n b") == "a b" and shortened("x" * 80) == "x" * 80
+    assert shortened("x" * 80 + "end") == "..." + "x" * 74 + "end"
 
 
 def test_retries_what_may_pass_and_nothing_else(server: Server) -> None:

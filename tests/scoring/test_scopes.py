@@ -35,7 +35,9 @@ def test_all_pairs_once() -> None:
     assert draw_pairs(1, 0, key=1).shape == (0, 2) and draw_pairs(2, 3, key=1).tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize(("count", "opponents", "met"), [(8, 2, 2), (8, 3, 4), (9, 4, 4), (5, 4, 4), (6, 99, 5)])
+@pytest.mark.parametrize(
+    ("count", "opponents", "met"), [(8, 2, 2), (8, 3, 4), (8, 6, 6), (9, 4, 4), (5, 4, 4), (6, 99, 5)]
+)
 def test_a_random_few_give_everyone_equally_many(count: int, opponents: int, met: int) -> None:
     pairs = draw_pairs(count, opponents, key=3)
     assert len({frozenset(p) for p in pairs.tolist()}) == len(pairs) == count * met // 2
@@ -129,6 +131,27 @@ def test_a_group_reward_sees_one_whole_group_at_a_time() -> None:
     assert result.components["size"].tolist() == [2, 2, 2, 2, 1]
     with pytest.raises(ValueError, match="a reward of scope pair or group needs them"):
         reward.score(RewardBatch(batch([1], [0]).images, ["p"], [{}]))
+
+
+def test_a_group_reward_keeps_its_contract() -> None:
+    class Short:
+        name = "short"
+        scope = "group"
+        count: int | None = 1
+
+        def score(self, batch: RewardBatch) -> Any:
+            if self.count is None:
+                return [0.0] * len(batch)
+            return RewardResult(np.zeros(1, np.float32), np.ones(1, np.bool_), [None])
+
+    made = Short()
+    reward = as_reward(made, "short", {})
+    assert reward.score(batch([1, 2], [0, 1])).valid.all()
+    for made.count in (1, None):
+        with pytest.raises(
+            UserError, match="score.. of a group of 2 did not return a RewardResult with as many scores"
+        ):
+            reward.score(batch([1, 2], [0, 0]))
 
 
 def test_scopes_that_do_not_fit() -> None:
