@@ -41,13 +41,13 @@ EXTRAS = (
     Extra(
         "clip",
         ("open_clip", "torchvision"),
-        "rewards of your own that use open-clip or torchvision (this version builds none in)",
+        "rewards of your own that use open-clip or torchvision (converted checkpoints run over transformers without them)",
     ),
     Extra("xformers", ("xformers",), "diffusers' xformers attention backend; PyTorch's own attention is used"),
     Extra(
         "ocr",
         ("rapidocr", "onnxruntime"),
-        "rewards of your own that read text with rapidocr (this version builds none in)",
+        "the rewards ocr and its kin on rapidocr (ocr_tesseract uses the tesseract program instead)",
     ),
     Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
     Extra("wandb", ("wandb",), "nothing yet: this version writes metrics.jsonl and tensorboard files"),
