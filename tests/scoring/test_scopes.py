@@ -149,7 +149,7 @@ def test_a_group_reward_keeps_its_contract() -> None:
     assert reward.score(batch([1, 2], [0, 1])).valid.all()
     for made.count in (1, None):
         with pytest.raises(
-            UserError, match="score.. of a group of 2 did not return a RewardResult with as many scores"
+            UserError, match=r"score.. of a group of 2 did not return a RewardResult with as many scores"
         ):
             reward.score(batch([1, 2], [0, 0]))
 
