@@ -302,9 +302,12 @@ def _rewards(args: argparse.Namespace) -> int:
         return 0
     from flowrl.config import ConfigError
     from flowrl.config.load import parse_arguments
+    from flowrl.config.rewards import apply_preset, split_preset
 
     arguments = parse_arguments(args.items)
-    problems = registry.check_arguments("reward", args.name, arguments)
+    key, _ = split_preset(args.name)
+    given, _ = apply_preset(args.name, arguments, registry.resolve("reward", key))
+    problems = registry.check_arguments("reward", key, given)
     if problems:
         raise ConfigError(problems)
     if args.action == "serve":

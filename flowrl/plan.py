@@ -87,11 +87,16 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
         values=cost.value_work(config),
         value_samples=cost.value_samples(config),
         decode_calls=math.ceil(batch.samples / batch.micro_batch),
-        reward_samples=batch.samples * len(config.rewards),
+        reward_samples=batch.samples * _scorers(config),
         evaluation_pictures=pictures,
         evaluation_forwards=pictures * evaluation.steps * (1 if evaluation.guidance == 1 else 2),
         stored_bytes=stored,
     )
+
+
+def _scorers(config: Config) -> int:
+    """Rewards that score the pictures of training; gold ones wait for evaluations."""
+    return sum(entry.duty != "gold" for entry in config.rewards)
 
 
 def _latent_shape(config: Config) -> tuple[int, int, int] | None:
@@ -164,14 +169,14 @@ def _range(count: Count) -> str:
 def _value_line(config: Config, made: Plan) -> list[str]:
     if not made.value_samples:
         return []
-    scores = made.value_samples * len(config.rewards)
+    scores = made.value_samples * _scorers(config)
     return [f"step values ({config.credit.values}): {made.value_samples:,} further pictures decoded, {scores:,} scores"]
 
 
 def _rest(config: Config, made: Plan) -> list[str]:
     lines = [
         f"decode: {made.samples:,} pictures in {made.decode_calls:,} calls; "
-        f"rewards: {made.reward_samples:,} scores from {len(config.rewards)} rewards",
+        f"rewards: {made.reward_samples:,} scores from {_scorers(config)} rewards",
         *_value_line(config, made),
         f"evaluation: {made.evaluation_pictures:,} pictures, {made.evaluation_forwards:,} forward samples each time",
     ]

@@ -113,3 +113,8 @@ def test_text_names_the_numbers() -> None:
 def test_the_plan_needs_no_torch() -> None:
     code = "import sys, flowrl.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_gold_rewards_do_not_score_training_pictures() -> None:
+    gold = RewardEntry(name="b", role="gold")
+    assert plan(Config(rewards=(RewardEntry(name="a"), gold))).reward_samples == 384

@@ -47,3 +47,8 @@ def test_convert_writes_safetensors_and_overwrites_nothing(tmp_path: Path, capsy
     assert torch.equal(load_file(written[0])["weight"], torch.arange(4.0))
     assert main(arguments) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_probe_takes_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "probe", "jpeg/2"]) == 0
+    assert "jpeg" in capsys.readouterr().out
