@@ -118,3 +118,11 @@ def test_the_plan_needs_no_torch() -> None:
 def test_gold_rewards_do_not_score_training_pictures() -> None:
     gold = RewardEntry(name="b", role="gold")
     assert plan(Config(rewards=(RewardEntry(name="a"), gold))).reward_samples == 384
+
+
+def test_the_cost_of_a_solver_is_what_the_solver_says() -> None:
+    """cost.py keeps its own table, as it loads no torch."""
+    from flowrl.cost import SOLVER_CALLS
+    from flowrl.dynamics.solvers import SOLVERS, calls
+
+    assert {name: calls(name) for name in SOLVERS} == SOLVER_CALLS

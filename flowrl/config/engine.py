@@ -24,7 +24,7 @@ VALUES = frozenset({"step_value", "start_value", "value", "segment_value", "stag
 LOSS_INPUTS = frozenset({"log_prob", "old_log_prob", "advantage", "mask"})
 # Optional inputs that stand in for a probability: a denoising step has a density, which is not one.
 SUBSTITUTES = {"dcpo_dynamic": "old_prob", "dppo": "divergence"}
-_PLAIN = frozenset({"grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"})
+PLAIN = frozenset({"grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"})
 
 
 def loss_name(objective: Objective) -> str:
@@ -37,7 +37,7 @@ def loss_name(objective: Objective) -> str:
 def problems(config: Config) -> Iterator[str]:
     """Say what is wrong with ``advantage`` and ``objective.loss``, one line each."""
     a, o = config.advantage, config.objective
-    if a.name not in _PLAIN or a.options:
+    if a.name not in PLAIN or a.options:
         yield from _of(
             "estimator", "advantage", "advantage.name", a.name, "advantage.options", a.options, SUPPLIED | VALUES
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from flowrl import registry
-from flowrl.config.engine import VALUES, loss_name
+from flowrl.config.engine import PLAIN, VALUES, loss_name
 from flowrl.config.rewards import declared, split_preset
 from flowrl.config.schema import Config
 
@@ -78,8 +78,7 @@ def _values(config: Config) -> Iterator[str]:
     a, credit = config.advantage, config.credit
     if a.name not in registry.names("advantage"):
         return
-    plain = a.name in ("grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo")
-    takes = not plain and _reads_values(a.name)
+    takes = a.name not in PLAIN and _reads_values(a.name)
     if takes and credit.values == "none":
         yield (
             f"advantage.name: {a.name} takes values of intermediate states; set credit.values=x0 (one-step estimates, no "
@@ -133,7 +132,7 @@ def _positive(config: Config) -> Iterator[str]:
     if least + shift <= 0:
         yield (
             f"advantage.options.shift: vgpo divides by values, and these rewards go down to {least:g}; give a shift above "
-            f"{-least:g}, such as {0.1 - least:g}"
+            f"{0.0 - least:g}, such as {0.1 - least:g}"
         )
 
 

@@ -72,7 +72,7 @@ CASES = {
     ),
     "vgpo_zero": (
         ["advantage.name=vgpo", "credit.values=x0"],
-        "advantage.options.shift: vgpo divides by values, and these rewards go down to 0; give a shift above -0, such as 0.1",
+        "advantage.options.shift: vgpo divides by values, and these rewards go down to 0; give a shift above 0, such as 0.1",
     ),
     "vgpo_unknown": (
         ["advantage.name=vgpo", "credit.values=x0", "rewards=[{name: jpeg}]"],
