@@ -7,6 +7,7 @@ owlv2, the sigmoid of the class logit; grounding_dino, the largest sigmoid over 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -61,7 +62,7 @@ class Found:
     mask: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
 
 
-class TransformersDetector(OnDevice):
+class TransformersDetector(OnDevice, ABC):
     """What the detectors share. threshold: detections below it are dropped.
 
     ``find`` gives detections with their masks, the instance itself is a ``flowrl.protocols.Detector``.
@@ -92,9 +93,9 @@ class TransformersDetector(OnDevice):
                 pages += self.read(inputs, images.shape[1], images.shape[2])
         return [sorted(page, key=lambda found: -found.detection.score) for page in pages]
 
+    @abstractmethod
     def read(self, inputs: Mapping[str, Any], height: int, width: int) -> list[list[Found]]:
         """Detections of one batch of processed pictures."""
-        raise NotImplementedError
 
     def pixels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The processed pixels where the network is, in its dtype."""
