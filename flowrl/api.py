@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def train(
     """
     config = config if isinstance(config, Config) else load(config)
     backend = _backend()
-    config = check(config, backend.world)
+    config = _checked(config, backend)
     folder = Path(config.run_dir)
     if (folder / "config.yaml").exists():
         raise UserError(
@@ -69,7 +70,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), callbacks: Sequenc
     folder = Path(folder)
     config = load(folder / "config.yaml", overrides)
     backend = _backend()
-    config = check(config, backend.world)
+    config = _checked(config, backend)
     root = folder / "checkpoints"
     loaded = store.load(root) if store.list_checkpoints(root) else None
     run = _open(config, folder, _command(folder), callbacks, backend)
@@ -81,47 +82,36 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), callbacks: Sequenc
     return _go(run)
 
 
-def evaluate(source: str | Path, overrides: Sequence[str] = ()) -> str:
-    """Evaluate a run's newest checkpoint against its base, or a config's model alone; returns the table as text."""
-    from flowrl.checkpoint import store
-    from flowrl.evaluation.statistics import summary_text
+def evaluate(
+    source: str | Path, overrides: Sequence[str] = (), *, config: str = "", out: str | Path | None = None
+) -> str:
+    """Evaluate a run, a checkpoint, an exported LoRA, a pipeline's folder or a recipe; returns the table as text.
 
-    folder = Path(source)
-    if not folder.is_dir():
-        return _evaluate_base(load(source, overrides))
-    config = load(folder / "config.yaml", overrides)
-    loaded = store.load(folder / "checkpoints")
-    run = _open(config, folder, _command(folder), (), _backend())
-    for warning in loaded.warnings:
-        _write(f"warning: {warning}")
-    run.trainer.load_state(loaded.state)
-    prompts = run.parts.evaluation_prompts
-    with run.parts.reference():
-        base = run.evaluate("base", prompts)
-    with run.trainer.weights.averaged():
-        tuned = run.evaluate("tuned", prompts)
-    run.write_evaluation(base, tuned)
+    The first three are judged against their base, from the same prompts and noise. config: the recipe that says which model,
+    prompts and rewards, where no run around ``source`` does; out: folder of the results (see ``sources.find`` for the
+    defaults). Under torchrun the processes share the work, and all but the first return "". Raises UserError.
+    """
     from flowrl.evaluation.report import write_report
+    from flowrl.evaluation.sources import find
+    from flowrl.evaluation.statistics import summary_text
+    from flowrl.training.evaluate import evaluate_source
 
-    report = write_report([folder])
-    return summary_text(load_run(folder).summary or {}) + f"\ngrids:  {folder / 'grids'}\nreport: {report}"
-
-
-def _evaluate_base(config: Config) -> str:
-    """Metrics and pictures of a config's model as it is; files go to the config's run_dir."""
-    import numpy as np
-
-    from flowrl.evaluation.grids import contact_sheet
-    from flowrl.evaluation.statistics import summarise, summary_text
-
-    config = check(config)
-    run = _open(config, Path(config.run_dir), "flowrl eval", (), _backend())
-    found = run.evaluate("base", run.parts.evaluation_prompts)
-    folder = run.folder / "grids"
-    folder.mkdir(parents=True, exist_ok=True)
-    pick = np.linspace(0, len(found.rows) - 1, min(config.evaluation.grid, len(found.rows))).astype(int)
-    contact_sheet(found.images[pick], [found.rows[i]["prompt"] for i in pick]).save(folder / "base.png")
-    return summary_text(summarise(found.rows)) + f"\ngrid: {folder / 'base.png'}"
+    found = find(source, overrides, config, out)
+    named = ["--config", config] if config else []
+    own = shlex.join(["flowrl", "eval", str(source), *named, *overrides])
+    backend = _backend()
+    try:
+        command = _command(found.path) if found.kind == "run" else own
+        summary = evaluate_source(found, command, backend, _write)
+    finally:
+        backend.close()
+    if summary is None:
+        return ""
+    report = write_report([found.out])
+    return (
+        summary_text(summary)
+        + f"\n\nsamples: {found.out / 'samples.jsonl'}\ngrids:   {found.out / 'grids'}\nreport:  {report}"
+    )
 
 
 def load_run(folder: str | Path) -> RunFolder:
@@ -135,6 +125,16 @@ def load_run(folder: str | Path) -> RunFolder:
     return RunFolder(
         folder, load(folder / "config.yaml"), rows, json.loads(summary.read_text()) if summary.exists() else None
     )
+
+
+def _checked(config: Config, backend: Any) -> Config:
+    """What can be found wrong before a model is loaded: the settings, and the packages of the trackers."""
+    from flowrl.tracking import require
+
+    config = check(config, backend.world)
+    if backend.leads:
+        require(config.tracking)
+    return config
 
 
 def _backend() -> Any:

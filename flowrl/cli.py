@@ -101,7 +101,16 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="RUN|CONFIG", help="a run's folder (base against tuned), or a recipe (base alone)"
+        "source",
+        metavar="SOURCE",
+        help="the folder of a run, of a checkpoint or of an exported LoRA (base against tuned), of a pipeline, or a recipe "
+        "(the model as it is)",
+    )
+    parser.add_argument(
+        "--config", metavar="CONFIG", default="", help="recipe with the model, prompts and rewards to use"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="where results go; default: in the run, else run_dir"
     )
     parser.add_argument(
         "items", nargs="*", default=[], metavar="key=value", help="overrides, as in evaluation.count=100"
@@ -238,11 +247,14 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    is_run = Path(args.source).is_dir()
-    _load(str(_run_folder(args.source) / "config.yaml") if is_run else args.source, args.items)
+    from flowrl.evaluation.sources import find
+
+    find(args.source, args.items, args.config, args.out)  # every mistake in it, before torch is loaded
     from flowrl import api
 
-    _write(api.evaluate(args.source, args.items))
+    text = api.evaluate(args.source, args.items, config=args.config, out=args.out)
+    if text:  # one process of several speaks
+        _write(text)
     return 0
 
 

@@ -7,7 +7,16 @@ distinct latents before step k (B where members share nothing; a latent that chu
     update       c sum_{trained k} n_k forwards a pass, and as many backwards (without c where one branch is detached)
     loss         the update's forwards of all passes but the first minibatch's, with a loss over whole trajectories
     reference    the update's forwards of one pass with a KL term, whatever the number of passes
-    values       c n (K - 1) forwards where step values come from ODE runs of n steps
+    values       c n (K - 1) forwards where step values come from ODE runs of n steps, or from a process reward on them; K - 1
+                 from a head on features; none from a critic or a network on latents
+
+Objectives on re-noised samples (`flowrl.training.learners.forward`), with M draws of (t, noise) a sample: the rollout is B
+deterministic steps of its solver, update B M forwards and backwards a pass, old and reference B M forwards each where the
+loss or its penalty looks at them, loss B M forwards a pass where it looks at groups that exceed a call.
+
+Objectives that differentiate a reward (`flowrl.config.direct.calls`), with the last K of T steps differentiated: the rollout
+is c T forwards, the update c K more and as many backwards, the reference, where there is a penalty, c (T + K) forwards and
+c K of those backwards; Adjoint Matching T, then n forwards and n + T - 1 backwards for n trained steps, and T of the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +25,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flowrl import registry
+from flowrl.config import direct, forward
 from flowrl.config.engine import loss_name
+from flowrl.config.families import family_of
 from flowrl.config.schema import Config
 
 SOLVER_CALLS = {"euler": 1, "heun": 2, "dpmpp_2m": 1}
@@ -60,6 +72,8 @@ NONE = Work(Count(0, 0, 0), Count(0, 0, 0))
 
 def window_of(config: Config) -> tuple[int, tuple[int, ...]]:
     """Stochastic steps a sample, and the possible first steps of the window."""
+    if family_of(config.objective.name) != "trajectory":
+        return 0, (0,)
     window = config.rollout.window
     if window.kind == "full":
         return config.rollout.steps - 1, (0,)  # the last step is deterministic under every kernel
@@ -72,8 +86,14 @@ def trained_of(config: Config) -> int:
 
 
 def branches_of(config: Config) -> int:
-    """Network calls a prediction: 2 with guidance."""
-    return 1 if config.rollout.guidance == 1 else 2
+    """Network calls a prediction: 2 with guidance, unless the family has its scale inside the network."""
+    return guided_branches(config, config.rollout.guidance)
+
+
+def guided_branches(config: Config, scale: float) -> int:
+    """Network calls a prediction under a guidance scale: read off the family, without loading a model."""
+    embedded = registry.resolve("pipeline", config.model.adapter).guidance_rule == "embedded"
+    return 1 if scale == 1 or embedded else 2
 
 
 def _blocks(config: Config, start: int) -> list[int]:
@@ -94,8 +114,49 @@ def _latents(groups: int, size: int, chunk: int, block: int) -> int:
     return sum(1 for row in range(groups * size) if row % chunk == 0 or row % size % block == 0)
 
 
+def _stems_end(config: Config, start: int) -> int:
+    """Steps that whole stems make before their members part, or are guided."""
+    rollout = config.rollout
+    if not rollout.share_prefix:
+        return 0
+    end = min(start, *rollout.splits) if rollout.splits else start
+    everywhere = rollout.guide.active and rollout.guide.mode != "langevin"
+    return min(end, rollout.guide.first) if everywhere else end
+
+
+def guide_samples(config: Config) -> Count:
+    """Latents that a guide's process reward is asked about, an iteration: calls at a latent times distinct latents.
+
+    One call with gradient, or 2 ``draws`` of spsa, and one more for the weights of langevin_weighted; at the stochastic
+    steps of its window, in the other modes at all steps of it. Where each group has a window of its own, more.
+    """
+    guide, batch, steps = config.rollout.guide, config.batch, config.rollout.steps
+    if not guide.active:
+        return Count(0, 0, 0)
+    each = (1 if guide.gradient == "autograd" else 2 * guide.draws) + (guide.mode == "langevin_weighted")
+    window, starts = window_of(config)
+    last = steps - 1 if guide.last is None else guide.last
+    found = []
+    for start in starts:
+        on = range(start, start + window) if guide.mode == "langevin" else range(steps)
+        blocks = _blocks(config, start)
+        found.append(
+            each
+            * sum(
+                _latents(batch.groups, batch.group_size, batch.micro_batch, blocks[k])
+                for k in on
+                if guide.first <= k <= last
+            )
+        )
+    return Count.of(found)
+
+
 def rollout_work(config: Config) -> Work:
     """Forwards of the rollout."""
+    if config.objective.name == "dpo":  # its pictures are given
+        return NONE
+    if family_of(config.objective.name) == "direct":
+        return _per_chunk(config, [made.rollout for made in direct.calls(config)])
     batch, rollout = config.batch, config.rollout
     window, starts = window_of(config)
     samples, calls = [], []
@@ -103,7 +164,7 @@ def rollout_work(config: Config) -> Work:
     for start in starts:
         blocks = _blocks(config, start)
         stems = batch.groups * rollout.seeds
-        end = (min(start, *rollout.splits) if rollout.splits else start) if rollout.share_prefix else 0
+        end = _stems_end(config, start)
         each = [SOLVER_CALLS[rollout.solver] if k >= start + window else 1 for k in range(rollout.steps)]
         each[-1] = 1  # the step to t = 0 is a plain one under every solver
         later = sum(
@@ -115,11 +176,22 @@ def rollout_work(config: Config) -> Work:
     return Work(Count.of(samples), Count.of(calls)).times(branches_of(config))
 
 
+def _per_chunk(config: Config, calls: Sequence[int]) -> Work:
+    """Calls that every chunk of every update makes, for samples that share nothing."""
+    size = config.batch.group_size
+    chunks = sum(math.ceil(groups * size / config.batch.micro_batch) for groups in _shares(config))
+    count = Count.of(calls)
+    return Work(count.times(config.batch.samples), count.times(chunks))
+
+
 def _trained(config: Config, groups: int) -> Work:
     """Forwards of one branch over the trained transitions of ``groups`` groups, each once."""
     batch = config.batch
     window, starts = window_of(config)
     kept = trained_of(config)
+    if config.objective.name == "neighbor_grpo":  # a few anchors a group stand for all its members
+        rows = groups * min(config.neighbours.anchors, batch.group_size)
+        return Work(Count.of([kept * rows]), Count.of([kept * math.ceil(rows / batch.micro_batch)]))
     least, mean, most = [], [], []
     for start in starts:
         blocks = _blocks(config, start)[start : start + window]
@@ -160,6 +232,8 @@ def loss_work(config: Config) -> Work:
 
 def value_work(config: Config) -> Work:
     """Forwards of the runs that give step values; the one-step estimate comes with the rollout."""
+    if config.credit.values == "process":
+        return _process_work(config)
     if config.credit.values != "ode":
         return NONE
     batch, steps = config.batch, config.rollout.steps
@@ -177,9 +251,33 @@ def value_work(config: Config) -> Work:
 
 def value_samples(config: Config) -> int:
     """Pictures that are decoded and scored an iteration for step values."""
-    if config.credit.values == "none":
+    if config.credit.values in ("none", "critic"):
         return 0
-    return sum(latents for _, latents in _valued(config, window_of(config)[1][0]))
+    times = 1
+    if config.credit.values == "process":  # networks on latents decode nothing
+        times = sum(entry.name == "x0" and entry.weight != 0 for entry in config.process)
+    return times * sum(latents for _, latents in _valued(config, window_of(config)[1][0]))
+
+
+def _process_work(config: Config) -> Work:
+    """Forwards for process rewards: x0 follows the policy, with guidance; a head on features takes one call without."""
+    batch, steps = config.batch, config.rollout.steps
+    total = NONE
+    for entry in config.process:
+        if not entry.weight or entry.name not in ("x0", "features"):
+            continue
+        ode = int(entry.args.get("ode_steps", 1)) or steps
+        samples, calls = [], []
+        for start in window_of(config)[1]:
+            runs = [
+                (latents, min(ode, steps - state) if entry.name == "x0" else 1)
+                for state, latents in _valued(config, start)
+            ]
+            samples.append(sum(latents * run for latents, run in runs))
+            calls.append(sum(math.ceil(latents / batch.micro_batch) * run for latents, run in runs))
+        work = Work(Count.of(samples), Count.of(calls))
+        total = total + (work.times(branches_of(config)) if entry.name == "x0" else work)
+    return total
 
 
 def _valued(config: Config, start: int) -> list[tuple[int, int]]:
@@ -193,3 +291,58 @@ def _valued(config: Config, start: int) -> list[tuple[int, int]]:
         states = [start, *states]
     samples = config.batch.samples
     return [(state, samples // blocks[state]) for state in states]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Network work of an iteration's update, all passes and branches together."""
+
+    forward: Work
+    backward: Work
+    loss: Work
+    reference: Work
+    old: Work = NONE
+
+
+def update_work(config: Config) -> Update:
+    """Network work of the update, with what it asks of other policies."""
+    objective, rollout = config.objective, config.rollout
+    if family_of(objective.name) == "forward":
+        return _forward_update(config)
+    if family_of(objective.name) == "direct":
+        made = direct.calls(config)
+        works = [_per_chunk(config, [vars(each)[name] for each in made]) for name in ("update", "backward", "reference")]
+        return Update(works[0], works[1], NONE, works[2])
+    one, branches = pass_work(config), branches_of(config)
+    differentiated = branches if rollout.cfg_gradient == "full" else 1
+    return Update(
+        forward=one.times(branches * objective.passes),
+        backward=one.times(differentiated * objective.passes),
+        loss=loss_work(config),
+        reference=one.times(branches) if objective.kl.form != "none" or _aims_at_reference(config) else NONE,
+    )
+
+
+def _aims_at_reference(config: Config) -> bool:
+    """Whether a distillation of guidance starts from the pre-trained model's velocity."""
+    e = config.euphonium
+    return config.objective.name == "euphonium" and e.distil > 0 and e.target == "reference"
+
+
+def _forward_update(config: Config) -> Update:
+    """The update of an objective on re-noised samples; without guidance, whatever the rollout has."""
+    objective, batch = config.objective, config.batch
+    form = registry.resolve("objective", objective.name)[objective.name]
+    size = 2 if form.pairs else batch.group_size
+    split = form.joint and size > batch.micro_batch
+    samples = calls = 0
+    for groups in _shares(config):
+        samples += groups * size
+        if form.joint and not split:
+            calls += math.ceil(groups / (batch.micro_batch // size))
+        else:
+            calls += math.ceil(groups * size / batch.micro_batch)
+    one = Work(Count.of([samples]), Count.of([calls])).times(config.forward.draws)
+    passes = one.times(objective.passes)
+    old, reference = forward.needs(config)
+    return Update(passes, passes, passes if split else NONE, one if reference else NONE, one if old else NONE)

@@ -50,7 +50,9 @@ EXTRAS = (
         "the rewards ocr and its kin on rapidocr (ocr_tesseract uses the tesseract program instead)",
     ),
     Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
-    Extra("wandb", ("wandb",), "nothing yet: this version writes metrics.jsonl and tensorboard files"),
+    Extra("wandb", ("wandb",), "tracking.wandb; metrics.jsonl is always written"),
+    Extra("swanlab", ("swanlab",), "tracking.swanlab; metrics.jsonl is always written"),
+    Extra("trackio", ("trackio",), "tracking.trackio; metrics.jsonl is always written"),
     Extra("trl", ("trl",), "flowrl.integrations.trl: the estimators inside TRL's trainer"),
     Extra("tensorboard", ("tensorboard",), "tracking.tensorboard; metrics.jsonl is always written"),
 )

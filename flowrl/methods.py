@@ -14,6 +14,8 @@ from flowrl.advantage.pipeline import inputs_of, options_of
 from flowrl.config import engine
 from flowrl.errors import UserError
 from flowrl.objectives import METHODS as OBJECTIVE_METHODS
+from flowrl.objectives.differentiable.methods import METHODS as DIRECT_METHODS
+from flowrl.objectives.forward.methods import METHODS as FORWARD_METHODS
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,99 @@ KERNELS = (
 )
 
 
+_GUIDE = "tests/dynamics/test_reward_guidance.py::"
+_GUIDED = "tests/rollout/test_guided.py::"
+_SEARCH = "tests/rollout/test_search.py::"
+_BY_SPSA = 'process=[{"name":"x0"}] rollout.guide.reward=x0 rollout.guide.gradient=spsa rollout.guide.first=1'
+GUIDANCE = (
+    Entry(
+        key="langevin",
+        kind="guidance",
+        tier=2,
+        paper="2602.04928",
+        title="Euphonium's guided SDE: the score moves by the gradient of a process reward",
+        evidence={
+            "exact": _GUIDED + "test_every_sample_moves_as_the_affine_recursion_says",
+            "formula": _GUIDE + "test_euler_maruyama_moves_by_half_g_squared_dt",
+            "identity": "tests/training/test_euphonium.py::test_zero_guidance_is_flow_grpo_and_dance_grpo_bit_for_bit",
+        },
+        config=_BY_SPSA,
+    ),
+    Entry(
+        key="exact_tilt",
+        kind="guidance",
+        tier=3,
+        paper="2602.04928",
+        title="guidance that moves the velocity too: exact where the reward is the value of the outcome",
+        evidence={
+            "exact": _GUIDED + "test_exact_tilt_reaches_the_tilted_mean_and_langevin_falls_short",
+            "formula": _GUIDE + "test_slope_and_shift_agree_for_exact_tilt",
+            "reconstructed": _GUIDE + "test_exact_tilt_of_a_quadratic_reward_reaches_its_gaussian",
+        },
+        config=_BY_SPSA + " rollout.guide.mode=exact_tilt",
+    ),
+    Entry(
+        key="langevin_weighted",
+        kind="guidance",
+        tier=3,
+        paper="2602.04928",
+        title="langevin with Feynman-Kac weights for what it leaves",
+        evidence={
+            "exact": _GUIDED + "test_weighted_langevin_samples_stand_for_the_tilted_law",
+            "reconstructed": "tests/training/test_euphonium.py::test_weights_count_members",
+        },
+        config=_BY_SPSA + " rollout.guide.mode=langevin_weighted objective.name=euphonium euphonium.process=0.0",
+    ),
+    Entry(
+        key="best_of",
+        kind="search",
+        tier=2,
+        paper="",
+        title="best of n start noises, by an outcome or a process reward",
+        evidence={
+            "exact": _SEARCH + "test_best_of_n_takes_the_greatest_and_raises_the_mean_by_the_order_statistic",
+            "identity": _SEARCH + "test_best_of_one_is_plain_sampling_bit_for_bit",
+        },
+        config="search.kind=best_of",
+    ),
+    Entry(
+        key="beam",
+        kind="search",
+        tier=2,
+        paper="",
+        title="beam search over denoising states",
+        evidence={
+            "formula": _SEARCH + "test_a_beam_keeps_the_best_children_at_every_step",
+            "identity": _SEARCH + "test_a_beam_without_branching_is_best_of_n",
+        },
+        config="search.kind=beam",
+    ),
+    Entry(
+        key="particles",
+        kind="search",
+        tier=2,
+        paper="",
+        title="particles with weights exp(R / lambda), systematic resampling by effective sample size",
+        evidence={
+            "exact": _SEARCH + "test_particles_with_exact_weights_reach_the_tilted_law",
+            "formula": _SEARCH + "test_systematic_resampling_takes_each_index_by_its_share",
+        },
+        config="search.kind=particles",
+    ),
+)
+
+
 def entries() -> list[Entry]:
     """List every method: kernels, the engine's, objectives, then those of other packages (group ``flowrl.methods``).
 
     An entry point of that group names a `Method`, as in the engine's catalogue. Raises UserError where two entries of a
     kind share a key or an entry point is something else.
     """
-    rows = [*KERNELS, *(_entry(method) for method in (*ADVANTAGE_METHODS, *OBJECTIVE_METHODS))]
+    rows = [
+        *KERNELS,
+        *GUIDANCE,
+        *(_entry(method) for method in (*ADVANTAGE_METHODS, *OBJECTIVE_METHODS, *FORWARD_METHODS, *DIRECT_METHODS)),
+    ]
     for name, target in registry.targets("method").items():
         method = registry.resolve("method", name)
         if not isinstance(method, Method):
@@ -199,6 +287,21 @@ objective flow_grpo_fast objective.name=flow_grpo_fast rollout.window.kind=rando
 objective mix_grpo objective.name=mix_grpo rollout.window.kind=sliding
 objective tempflow objective.name=tempflow advantage.name=seed_grpo rollout.seeds=4 rollout.window.size=1
 objective flash_grpo objective.name=flash_grpo rollout.window.kind=iso_temporal rollout.window.size=1
+objective neighbor_grpo objective.name=neighbor_grpo rollout.share_prefix=false
+objective nft objective.name=nft forward.old_rate=0.001 {plain}
+objective awm objective.name=awm {leash} {plain}
+objective orw objective.name=orw objective.kl.form=velocity objective.kl.weight=1.0 {plain}
+objective ram objective.name=ram {plain}
+objective dpo_online objective.name=dpo_online {plain}
+objective dgpo objective.name=dgpo {plain}
+objective crd objective.name=crd objective.kl.form=velocity objective.kl.weight=0.01 {plain}
+objective refl objective.name=refl direct.last=3 direct.scale=1.0 {pixels}
+objective draft objective.name=draft direct.last=2 {pixels}
+objective draft_lv objective.name=draft_lv {pixels}
+objective alignprop objective.name=alignprop direct.last=0 direct.least=1 {pixels}
+objective adjoint_matching objective.name=adjoint_matching direct.temperature=0.01 {pixels} {memoryless}
+objective ctrl objective.name=ctrl direct.last=0 direct.strength=10.0 {colours} {memoryless}
+objective euphonium objective.name=euphonium credit.values=process {spsa}
 objective dpok objective.name=dpok objective.kl.form=paper objective.kl.weight=0.01
 estimator vgpo advantage.name=vgpo credit.values=x0 advantage.options.shift=0.1
 estimator step_credit advantage.name=step_credit credit.values=x0
@@ -221,7 +324,17 @@ selection best_worst_k batch.selection.name=best_worst
 selection d3s batch.selection.name=d3s
 selection knapsack batch.allocation.name=knapsack
 selection vade batch.allocation.name=vade
-""".format(full="rollout.window.kind=full rollout.window.first=0", part="rollout.window.fraction=0.6")
+""".format(
+    full="rollout.window.kind=full rollout.window.first=0",
+    part="rollout.window.fraction=0.6",
+    spsa=_BY_SPSA,
+    pixels='rewards=[{"name":pixels}]',
+    colours='rewards=[{"name":colour_class}] condition.attributes={"colour":3}',
+    memoryless="rollout.kernel.name=memoryless",
+    leash="objective.kl.form=velocity objective.kl.weight=1.0 forward.anchor=old forward.old_rate=0.001 "
+    "forward.old_limit=0.3 forward.sampler=live",
+    plain="rollout.kernel.name=ode rollout.window.kind=full rollout.window.first=0 rollout.share_prefix=false",
+)
 RUNS: Mapping[tuple[str, str], str] = MappingProxyType(
     {(kind, key): run for kind, key, run in (line.split(" ", 2) for line in _RUNS.strip().splitlines())}
 )

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flowrl import cost
+from flowrl import cost, registry
+from flowrl.config.families import family_of
 from flowrl.config.schema import Config
 from flowrl.cost import Count, Work
 
@@ -38,6 +39,7 @@ class Plan:
     update_backward: Work
     loss: Work
     reference: Work
+    old: Work
     values: Work
     value_samples: int
     decode_calls: int
@@ -49,7 +51,7 @@ class Plan:
     @property
     def forward(self) -> Work:
         """All forwards of an iteration."""
-        return self.rollout + self.update_forward + self.loss + self.reference + self.values
+        return self.rollout + self.update_forward + self.loss + self.reference + self.old + self.values
 
 
 def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
@@ -60,15 +62,20 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
     """
     batch, rollout, objective = config.batch, config.rollout, config.objective
     branches = cost.branches_of(config)
-    window, starts = cost.trained_of(config), cost.window_of(config)[1]
+    forward, given = family_of(objective.name) == "forward", objective.name == "dpo"
+    direct = family_of(objective.name) == "direct"
+    window, starts = 0 if forward or direct else cost.trained_of(config), cost.window_of(config)[1]
     transitions = batch.samples * window
-    one_pass = cost.pass_work(config)
+    update = cost.update_work(config)
     evaluation = config.evaluation
     pictures = evaluation.count * evaluation.per_prompt
     shape = latent_shape if latent_shape is not None else _latent_shape(config)
     stored = None
     if shape is not None:
-        stored = math.prod(shape) * (2 * transitions * _BYTES[rollout.storage_dtype] + batch.samples * _BYTES["fp32"])
+        whole = batch.samples + (int(update.old.samples.most + update.reference.samples.most) if forward else 0)
+        stored = math.prod(shape) * (2 * transitions * _BYTES[rollout.storage_dtype] + whole * _BYTES["fp32"])
+        if direct:  # the latents of one chunk at a time
+            stored = math.prod(shape) * min(batch.micro_batch, batch.samples) * (rollout.steps + 1) * _BYTES["fp32"]
     return Plan(
         groups=batch.groups,
         group_size=batch.group_size,
@@ -80,16 +87,17 @@ def plan(config: Config, latent_shape: Sequence[int] | None = None) -> Plan:
         transitions=transitions,
         updates=objective.updates * objective.passes,
         rollout=cost.rollout_work(config),
-        update_forward=one_pass.times(branches * objective.passes),
-        update_backward=one_pass.times((branches if rollout.cfg_gradient == "full" else 1) * objective.passes),
-        loss=cost.loss_work(config),
-        reference=cost.NONE if objective.kl.form == "none" else one_pass.times(branches),
+        update_forward=update.forward,
+        update_backward=update.backward,
+        loss=update.loss,
+        reference=update.reference,
+        old=update.old,
         values=cost.value_work(config),
         value_samples=cost.value_samples(config),
-        decode_calls=math.ceil(batch.samples / batch.micro_batch),
-        reward_samples=batch.samples * _scorers(config),
+        decode_calls=0 if given else math.ceil(batch.samples / batch.micro_batch),
+        reward_samples=0 if given else batch.samples * _scorers(config),
         evaluation_pictures=pictures,
-        evaluation_forwards=pictures * evaluation.steps * (1 if evaluation.guidance == 1 else 2),
+        evaluation_forwards=pictures * evaluation.steps * cost.guided_branches(config, evaluation.guidance),
         stored_bytes=stored,
     )
 
@@ -130,12 +138,35 @@ def _geometry(config: Config, made: Plan) -> list[tuple[str, str]]:
     return [
         ("batch", f"{made.groups} groups x {made.group_size} members = {made.samples} samples"),
         ("micro-batch", f"{batch.micro_batch} samples a network call"),
-        ("schedule", f"{made.steps} steps, kernel {rollout.kernel.name} (noise {rollout.kernel.noise:g})"),
-        ("stochastic", f"{window}; steps before are {prefix}"),
-        ("guidance", f"{rollout.guidance:g}, {made.branches} network branch{'es' if made.branches > 1 else ''}"),
-        ("trained", f"{made.transitions} transitions ({made.window} a sample)"),
+        *_sampling(config, made, f"{window}; steps before are {prefix}"),
         ("updates", f"{made.updates} ({objective.passes} passes of {objective.updates}, each on {share})"),
         ("run", f"{config.iterations} iterations, {config.iterations * made.samples:,} pictures"),
+    ]
+
+
+def _sampling(config: Config, made: Plan, stochastic: str) -> list[tuple[str, str]]:
+    rollout = config.rollout
+    schedule = f"{made.steps} steps, kernel {rollout.kernel.name} (noise {rollout.kernel.noise:g})"
+    trained = f"{made.transitions} transitions ({made.window} a sample)"
+    if family_of(config.objective.name) == "forward":
+        schedule, stochastic = (
+            f"{made.steps} steps, solver {rollout.solver}",
+            "no step; a sample is its finished latent",
+        )
+        trained = f"{made.samples} samples, each at {config.forward.draws} draws of (t, noise)"
+    if family_of(config.objective.name) == "direct":
+        noisy = config.direct.stochastic or config.objective.name in ("ctrl", "adjoint_matching")
+        schedule = schedule if noisy else f"{made.steps} steps, deterministic"
+        stochastic = "every step but the last" if noisy else "no step"
+        trained = f"{made.samples} samples, along the gradient of their rewards"
+    if config.objective.name == "dpo":
+        schedule = "none: pictures are given"
+    branches = f"{made.branches} network branch{'es' if made.branches > 1 else ''}"
+    return [
+        ("schedule", schedule),
+        ("stochastic", stochastic),
+        ("guidance", f"{rollout.guidance:g}, {branches}"),
+        ("trained", trained),
     ]
 
 
@@ -146,6 +177,7 @@ def _work_table(made: Plan) -> list[str]:
         ("update, backward", made.update_backward),
         ("loss, forward", made.loss),
         ("reference, forward", made.reference),
+        *([("old policy, forward", made.old)] if made.old != cost.NONE else []),
         ("step values, forward", made.values),
         ("all forwards", made.forward),
     ]
@@ -173,17 +205,28 @@ def _value_line(config: Config, made: Plan) -> list[str]:
     return [f"step values ({config.credit.values}): {made.value_samples:,} further pictures decoded, {scores:,} scores"]
 
 
+def _guide_line(config: Config) -> list[str]:
+    guide = config.rollout.guide
+    if not guide.active:
+        return []
+    return [f"guidance: the process reward {guide.reward} is asked about {_range(cost.guide_samples(config))} latents"]
+
+
 def _rest(config: Config, made: Plan) -> list[str]:
     lines = [
-        f"decode: {made.samples:,} pictures in {made.decode_calls:,} calls; "
+        f"decode: {made.samples if made.decode_calls else 0:,} pictures in {made.decode_calls:,} calls; "
         f"rewards: {made.reward_samples:,} scores from {_scorers(config)} rewards",
         *_value_line(config, made),
+        *_guide_line(config),
         f"evaluation: {made.evaluation_pictures:,} pictures, {made.evaluation_forwards:,} forward samples each time",
     ]
     if made.stored_bytes is None:
         lines.append("latents kept for the update: known once the model is loaded")
     else:
         lines.append(f"latents kept for the update: {made.stored_bytes / 2**20:,.1f} MiB")
-    if config.objective.skip_silent and config.objective.kl.form == "none":
+    name = config.objective.name
+    family = family_of(name)
+    silent = family == "trajectory" or (family == "forward" and registry.resolve("objective", name)[name].silent)
+    if silent and config.objective.skip_silent and config.objective.kl.form == "none":
         lines.append("groups whose advantages are all zero are left out of the update: its work is at most this")
     return lines

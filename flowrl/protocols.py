@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from flowrl.records import Conditioning, Detection, Prediction, Request, RewardBatch, RewardResult, Schedule
+from flowrl.records import (
+    Conditioning,
+    Detection,
+    Prediction,
+    ProcessScore,
+    Prompted,
+    Request,
+    RewardBatch,
+    RewardResult,
+    Schedule,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +31,7 @@ class PipelineAdapter(Protocol):
     """A model family: what it takes, predicts and shows. It knows nothing of reinforcement learning."""
 
     guidance_rule: GuidanceRule
+    guidance_boundary: float | None
     device: torch.device
 
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
@@ -52,6 +63,9 @@ class PipelineAdapter(Protocol):
     def lora_off(self) -> AbstractContextManager[None]:
         """Within the block the network runs without LoRA: the reference policy."""
 
+    def load_lora(self, folder: str) -> None:
+        """Put an exported LoRA beside the frozen network, so that ``lora_off`` leaves it out."""
+
     def export(self, folder: str) -> None:
         """Write the trained part: a LoRA that the family's ``load_lora_weights`` takes, or the whole network."""
 
@@ -62,13 +76,44 @@ class Reward(Protocol):
     A reward may say of itself, as class attributes: scope ("sample", or "group" to be handed one whole group at a time),
     minimum (a lower bound of its scores), media (frozenset of "image", "video"), backbone (the network it stands on, ""
     for none), deterministic (equal pictures get equal scores, so they may be remembered), licence, presets (names that
-    its argument ``preset`` takes, for ``name/preset``).
+    its argument ``preset`` takes, for ``name/preset``), needs_latents (it reads ``RewardBatch.latents``, which other rewards
+    are not handed). Methods offload() and onload() move what it holds off its device and back (entry key ``offload``).
     """
 
     name: str
 
     def score(self, batch: RewardBatch) -> RewardResult:
         """One score a sample; may raise, which the runtime turns into an invalid batch."""
+
+
+@runtime_checkable
+class ProcessReward(Protocol):
+    """Scores latents on the way from noise to data.
+
+    differentiable: autograd reaches x through ``score`` (where x asks for a gradient), so that the reward may guide.
+    """
+
+    differentiable: bool
+
+    def score(self, x: torch.Tensor, t: torch.Tensor, prompted: Prompted) -> ProcessScore:
+        """One value a latent. x: float32 [B, ...]; t: float32 [B] in [0, 1], 1 is noise; prompted: one row a latent.
+
+        May raise: those that hold it take it for values that are not valid.
+        """
+
+
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """A reward that autograd reaches through; the class says so, so that a config can be checked before anything loads.
+
+    differentiable: what ``value`` reads, "pictures" (float32 [B, 3, H, W] in [0, 1], as an adapter decodes them) or
+    "latents" (x0 [B, ...]).
+    """
+
+    differentiable: Literal["pictures", "latents"]
+
+    def value(self, x: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """One number a sample, float [B], larger is better, each a function of its own sample alone."""
 
 
 class PairReward(Protocol):
@@ -85,8 +130,11 @@ class Detector(Protocol):
 
 
 class Tracker(Protocol):
-    """Receives numbers once an iteration."""
+    """Receives numbers once an iteration. key: its name in the config; run_id: what its service calls the run, "" for none."""
+
+    key: str
+    run_id: str
 
     def scalars(self, values: Mapping[str, Any], iteration: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...

@@ -20,12 +20,13 @@ PredictionKind = Literal["velocity", "epsilon", "v", "x0"]
 
 @dataclass(frozen=True)
 class Request:
-    """What one sample is asked to show. ``prompt_id`` is the row of the prompt in its dataset."""
+    """What one sample is asked to show, frames 1 being a picture. ``prompt_id`` is the row of the prompt in its dataset."""
 
     prompt: str
     prompt_id: int
     height: int
     width: int
+    frames: int = 1
     negative: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -45,6 +46,34 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({name: value.to(device) for name, value in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Conditioning of both branches, one row a sample; negative is None without guidance.
+
+    requests: what each row asks for, () where they are not known.
+    """
+
+    positive: Conditioning
+    negative: Conditioning | None
+    requests: Sequence[Request] = ()
+
+    def __getitem__(self, rows: torch.Tensor) -> Prompted:
+        """Rows int64 [N] of all of it."""
+        chosen = tuple(self.requests[row] for row in rows.tolist()) if self.requests else ()
+        return Prompted(self.positive[rows], None if self.negative is None else self.negative[rows], chosen)
+
+
+@dataclass(frozen=True)
+class ProcessScore:
+    """What a process reward says of latents on the way. values: float32 [B], larger is better; valid: bool [B].
+
+    Where not valid, the value has no meaning and is read by nobody.
+    """
+
+    values: torch.Tensor
+    valid: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -84,6 +113,11 @@ class Trajectory:
     serves them all; those with equal ``node`` share the whole transition. What a method asks for beyond that: value, the
     network's (guided) output of each transition, float32 [B, K, ...], and its ``kind``; x0_hat, the one-step clean
     estimate before the first transition and after each but the last, float32 [B, K, ...].
+
+    Of a guided rollout: behaviour_log_prob, the log-prob under the guided Gaussian that drew a transition (old_log_prob is
+    the policy's own), and pull, how far guidance moved its mean, root mean square in units of std, both float32 [B, K];
+    reward_gradient, of the guided latents, 0 elsewhere, float32 [B, K, ...], on request; log_weight: float32 [B]; sound:
+    bool [B], whether the process reward failed nowhere on the way.
     """
 
     prompt_id: torch.Tensor
@@ -109,6 +143,11 @@ class Trajectory:
     value: torch.Tensor | None = None
     kind: PredictionKind = "velocity"
     x0_hat: torch.Tensor | None = None
+    behaviour_log_prob: torch.Tensor | None = None
+    pull: torch.Tensor | None = None
+    reward_gradient: torch.Tensor | None = None
+    log_weight: torch.Tensor | None = None
+    sound: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_id)

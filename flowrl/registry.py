@@ -24,8 +24,14 @@ from flowrl.errors import UserError
 
 PIPELINES: Mapping[str, str] = MappingProxyType(
     {
+        "flux": "flowrl.pipelines.flux:FluxAdapter",
+        "flux_kontext": "flowrl.pipelines.flux_kontext:FluxKontextAdapter",
+        "qwen_image": "flowrl.pipelines.qwen_image:QwenImageAdapter",
         "sd3": "flowrl.pipelines.sd3:Sd3Adapter",
+        "sdxl": "flowrl.pipelines.sdxl:StableDiffusionXLAdapter",
         "stable_diffusion": "flowrl.pipelines.stable_diffusion:StableDiffusionAdapter",
+        "wan": "flowrl.pipelines.wan:WanAdapter",
+        "wan_image": "flowrl.pipelines.wan_image:WanImageAdapter",
     }
 )
 REWARDS: Mapping[str, str] = MappingProxyType(
@@ -33,6 +39,7 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "aesthetic": "flowrl.rewards.aesthetic:Aesthetic",
         "clip_similarity": "flowrl.rewards.similarity:ClipSimilarity",
         "clipscore": "flowrl.rewards.clip:ClipScore",
+        "colour_class": "flowrl.rewards.pixels:ColourClass",
         "compositional": "flowrl.rewards.compositional:Compositional",
         "dino_similarity": "flowrl.rewards.similarity:DinoSimilarity",
         "geneval": "flowrl.rewards.geneval:GenEval",
@@ -44,6 +51,7 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "ocr": "flowrl.rewards.ocr:Ocr",
         "ocr_tesseract": "flowrl.rewards.ocr:TesseractOcr",
         "pickscore": "flowrl.rewards.clip:PickScore",
+        "pixels": "flowrl.rewards.pixels:PixelStatistic",
         "pref_grpo": "flowrl.rewards.judge:PrefGrpo",
         "siglip2": "flowrl.rewards.clip:SigLip2",
         "statistics": "flowrl.rewards.statistics:ImageStatistics",
@@ -57,6 +65,17 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "vlm_yes_no": "flowrl.rewards.judge:YesNo",
     }
 )
+
+FEATURES: Mapping[str, str] = MappingProxyType(
+    {
+        "cells": "flowrl.rewards.embeddings:Cells",
+        "clip": "flowrl.rewards.embeddings:Clip",
+        "dino": "flowrl.rewards.embeddings:DinoV2",
+        "siglip": "flowrl.rewards.embeddings:Siglip",
+        "tiny_clip": "flowrl.rewards.embeddings:TinyClip",
+    }
+)
+"""Networks whose features an evaluation measures diversity and distances in."""
 
 
 def _engine(modules: Mapping[str, str]) -> Mapping[str, str]:
@@ -96,16 +115,16 @@ POLICY_LOSSES: Mapping[str, str] = _engine(
         "weighted_losses": "cispo sapo dppo dro clip_cov kl_cov",
     }
 )
+_OBJECTIVES = {
+    "forms:FORMS": "flow_grpo flow_grpo_fast dance_grpo mix_grpo grpo_guard tempflow flash_grpo flow_dppo pcpo policy_flow ddpo "
+    "dpok neighbor_grpo euphonium",
+    "forward:FORWARD": "nft awm orw ram dpo dpo_online dgpo crd ac_flow",
+    "differentiable:DIRECT": "refl draft draft_lv alignprop ctrl adjoint_matching",
+}
 OBJECTIVES: Mapping[str, str] = MappingProxyType(
-    {
-        name: "flowrl.objectives.forms:FORMS"
-        for name in (
-            *("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "grpo_guard", "tempflow", "flash_grpo"),
-            *("flow_dppo", "pcpo", "policy_flow", "ddpo", "dpok"),
-        )
-    }
+    {name: f"flowrl.objectives.{table}" for table, names in _OBJECTIVES.items() for name in names.split()}
 )
-"""Named objectives: keys of a table of forms (ratio, step weight, loss)."""
+"""Named objectives: keys of a table of forms (ratio, step weight, loss), or of another family's."""
 KERNELS: Mapping[str, str] = MappingProxyType(
     {
         name: f"flowrl.dynamics.kernels:{name}"
@@ -121,18 +140,30 @@ SURROGATES: Mapping[str, str] = MappingProxyType(
 )
 """Policy losses of denoising steps that the engine does not have."""
 
+PROCESS_REWARDS: Mapping[str, str] = MappingProxyType(
+    {
+        "x0": "flowrl.credit.process.extrapolation:Extrapolation",
+        "latent": "flowrl.credit.process.learned:LatentReward",
+        "features": "flowrl.credit.process.learned:FeatureReward",
+    }
+)
+
 _TABLES: Mapping[str, tuple[Mapping[str, str], str | None]] = MappingProxyType(
     {
         "pipeline": (PIPELINES, "flowrl.pipelines"),
         "reward": (REWARDS, "flowrl.rewards"),
+        "process_reward": (PROCESS_REWARDS, "flowrl.process_rewards"),
         "advantage": (ADVANTAGES, None),
         "policy_loss": (POLICY_LOSSES, None),
         "objective": (OBJECTIVES, None),
         "surrogate": (SURROGATES, None),
         "kernel": (KERNELS, None),
         "method": (MappingProxyType({}), "flowrl.methods"),
+        "feature": (FEATURES, "flowrl.features"),
     }
 )
+_OPEN = ("reward", "process_reward", "pipeline", "feature")
+"""Kinds whose names may be ``module:attr`` or ``path.py:attr`` as well."""
 RUNTIME_PARAMETERS = frozenset(
     {
         *("batch", "images", "videos", "completions", "prompts", "metadata", "group_ids", "reference", "latents"),
@@ -145,8 +176,8 @@ RUNTIME_PARAMETERS = frozenset(
 def targets(kind: str) -> dict[str, str]:
     """Map every name of a kind to its ``module:attr``: built-in ones first, then entry points of other packages.
 
-    kind: pipeline, reward, advantage, policy_loss, objective, surrogate, kernel, method. Raises UserError where two
-    packages claim one name.
+    kind: pipeline, reward, process_reward, feature, advantage, policy_loss, objective, surrogate, kernel, method. Raises
+    UserError where two packages claim one name.
     """
     table, group = _table(kind)
     found = dict(table)
@@ -172,7 +203,7 @@ def unknown(kind: str, name: str) -> str:
     known = names(kind)
     close = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {close[0]}? Known are" if close else "use one of"
-    own = ", package.module:name or path/to/file.py:name" if kind in ("reward", "pipeline") else ""
+    own = ", package.module:name or path/to/file.py:name" if kind in _OPEN else ""
     return f"unknown {kind} {name!r}; {advice} {', '.join(known)}{own}"
 
 

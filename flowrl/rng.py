@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-STREAMS = ("initial", "step", "window", "sampler", "evaluation", "timestep", "perturb")
+STREAMS = ("initial", "step", "window", "sampler", "evaluation", "timestep", "perturb", "renoise")
 
 
 def key(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,11 @@ def locate(path: str, embedded: str) -> str:
     """A folder or hub id as given; "embedded" is the model that ships in flowrl.assets."""
     if path != EMBEDDED:
         return path
+    if not embedded:
+        raise UserError(
+            "model.path: this family ships no embedded model; give a folder or a hub id, or use the adapters sd3 or "
+            "stable_diffusion"
+        )
     folder = Path(str(resources.files("flowrl.assets"))) / embedded
     if not (folder / "model_index.json").is_file():
         raise UserError(
@@ -40,6 +45,14 @@ def load_pipeline(pipeline_class: Any, path: str, dtype: torch.dtype, device: to
     return pipe.to(device)
 
 
+def source_pictures(requests: Sequence[Request]) -> torch.Tensor:
+    """The pictures that requests start from (metadata "image"): float32 [B, 3, H, W] in [0, 1]."""
+    from flowrl.data.pictures import source_picture
+
+    pictures = [torch.from_numpy(source_picture(r.metadata, r.height, r.width)) for r in requests]
+    return torch.stack(pictures).movedim(-1, 1).float() / 255
+
+
 def _quiet() -> None:
     """No loading bars, and no advice to install torchvision, which the core does not need."""
     from transformers.utils import logging as transformers_logging
@@ -57,8 +70,13 @@ class DiffusersAdapter:
     guidance_rule: GuidanceRule = "linear"
     network_name: ClassVar[str] = "transformer"
     target_groups: ClassVar[Mapping[str, Sequence[str]]] = {}
+    feature_output: ClassVar[int] = -1
+    pixel_multiple: ClassVar[int] = 1
+    """Sides of a latent are multiples of it: the patch of the network, where the autoencoder does not see to it."""
+    guidance_boundary: float | None = None
+    """Time below which the second guidance scale holds; None where there is one scale."""
     pipeline_name: ClassVar[str]
-    embedded_name: ClassVar[str]
+    embedded_name: ClassVar[str] = ""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -69,7 +87,8 @@ class DiffusersAdapter:
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)
-        if self.device.type == "cpu":  # a third faster on two CPU cores
+        flat = all(parameter.ndim <= 4 for parameter in pipe.vae.parameters())
+        if self.device.type == "cpu" and flat:  # a third faster on two CPU cores; videos' weights have five dimensions
             pipe.vae.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -86,24 +105,70 @@ class DiffusersAdapter:
     def add_lora(self, rank: int, alpha: float, groups: Sequence[str], seed: int) -> None:
         from flowrl.pipelines.lora import add_lora
 
+        add_lora(self.network, rank, alpha, self.endings(groups), seed)
+        self.has_lora = True
+
+    def endings(self, groups: Sequence[str]) -> list[str]:
+        """Name endings of the linear layers in the named groups. Raises UserError for a group that the family lacks."""
         unknown = [name for name in groups if name not in self.target_groups]
         if unknown:
             raise UserError(f"model.lora.targets: unknown group {unknown[0]!r}; use {', '.join(self.target_groups)}")
-        add_lora(self.network, rank, alpha, [ending for name in groups for ending in self.target_groups[name]], seed)
-        self.has_lora = True
+        return [ending for name in groups for ending in self.target_groups[name]]
 
     def lora_off(self) -> AbstractContextManager[None]:
         from flowrl.pipelines.lora import lora_off
 
         return lora_off(self.network)
 
+    def load_lora(self, folder: str) -> None:
+        """Put an exported LoRA beside the frozen weights; ``lora_off`` leaves it out.
+
+        Raises UserError where the file cannot be read, changes more than the network, or has no layer of it.
+        """
+        from flowrl.pipelines.lora import load_lora
+
+        load_lora(self.pipe, folder)
+        self.has_lora = True
+
     def export(self, folder: str) -> None:
         from flowrl.pipelines.lora import save_lora
 
         if self.has_lora:
-            save_lora(type(self.pipe), self.network_name, self.network, folder)
+            save_lora(type(self.pipe), {self.network_name: self.network}, folder)
         else:
             self.network.save_pretrained(f"{folder}/{self.network_name}", safe_serialization=True)  # type: ignore[operator]
+
+    @contextmanager
+    def tapped(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Collect what the named modules of the network put out, by name, in the calls made within the block.
+
+        Of a block with several outputs it takes number ``feature_output`` (the picture's stream). Raises ValueError for a
+        name that the network does not have, or an output that is no tensor.
+        """
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(name: str) -> Callable[[torch.nn.Module, Any, Any], None]:
+            def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+                value = output[self.feature_output] if isinstance(output, tuple | list) else output
+                if not isinstance(value, torch.Tensor):
+                    raise ValueError(
+                        f"features: {name} puts out {type(value).__name__}, not a tensor; name another block"
+                    )
+                found[name] = value.float()
+
+            return hook
+
+        modules = {ending.removeprefix("base_model.model."): m for ending, m in self.network.named_modules()}
+        unknown = [name for name in names if not name or name not in modules]
+        if unknown:
+            blocks = [name for name in modules if name.count(".") == 1 and name.rpartition(".")[2].isdecimal()]
+            raise ValueError(f"features: the network has no module {unknown[0]!r}; its blocks are {', '.join(blocks)}")
+        handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -130,8 +195,33 @@ class DiffusersAdapter:
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
-        factor = self.pipe.vae_scale_factor
+        return self.spatial_shape(request)
+
+    def spatial_shape(self, request: Request) -> tuple[int, int, int]:
+        """(channels, rows, columns) of one picture's latent. Raises UserError for a size that does not divide."""
+        config = self.pipe.vae.config
+        channels = config.latent_channels if "latent_channels" in config else config.z_dim
+        return (channels, *self.sides(request, self.pipe.vae_scale_factor, self.pixel_multiple))
+
+    @staticmethod
+    def sides(request: Request, factor: int, patch: int) -> tuple[int, int]:
+        """Rows and columns of the latent, each a whole number of patches of the network."""
+        unit = factor * patch
         for name, value in (("height", request.height), ("width", request.width)):
-            if value % factor:
-                raise UserError(f"model.{name}: {value} is not a multiple of {factor}, the autoencoder's scale")
-        return (self.pipe.vae.config.latent_channels, request.height // factor, request.width // factor)
+            if value % unit:
+                near = max(unit, round(value / unit) * unit)
+                raise UserError(
+                    f"model.{name}: {value} is not a multiple of {unit}, which this model needs; use {near}"
+                )
+        return request.height // factor, request.width // factor
+
+    @staticmethod
+    def check_lengths(texts: Sequence[str], tokenizer: Any, limit: int) -> None:
+        """Raise UserError for the first prompt that the text encoder would cut off."""
+        for text in texts:
+            count = len(tokenizer(text).input_ids)
+            if count > limit:
+                raise UserError(
+                    f"data.prompts: a prompt of {count} tokens is longer than the {limit} that the text encoder takes, and "
+                    f"would lose its end; shorten it: {text[:80]!r}"
+                )

@@ -61,10 +61,8 @@ class Sd3Adapter(DiffusersAdapter):
     def predict(
         self, x: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, features: Sequence[str] = ()
     ) -> Prediction:
-        if features:
-            raise ValueError(f"Sd3Adapter.predict: no features are offered, asked for {list(features)}")
         dtype = self.network.dtype
-        with self.precision():
+        with self.precision(), self.tapped(features) as found:
             value = self.network(
                 hidden_states=x.to(dtype),
                 timestep=t * self.pipe.scheduler.config.num_train_timesteps,
@@ -72,4 +70,4 @@ class Sd3Adapter(DiffusersAdapter):
                 pooled_projections=conditioning.tensors["pooled"].to(dtype),
                 return_dict=False,
             )[0]
-        return Prediction(value.float(), "velocity")
+        return Prediction(value.float(), "velocity", found)

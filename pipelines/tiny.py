@@ -49,7 +49,7 @@ def t5_tokenizer(words: Iterable[str], length: int) -> Any:
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
-def _clip_encoder(vocab: int, length: int, hidden: int, layers: int, eos: int, bos: int) -> Any:
+def clip_encoder(vocab: int, length: int, hidden: int, layers: int, eos: int, bos: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -60,7 +60,7 @@ def _clip_encoder(vocab: int, length: int, hidden: int, layers: int, eos: int, b
     return CLIPTextModelWithProjection(config).eval()
 
 
-def _t5_encoder(vocab: int, width: int, layers: int) -> Any:
+def t5_encoder(vocab: int, width: int, layers: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -104,12 +104,12 @@ def build_sd3(
         torch.manual_seed(seed)
         tokenizer, tokenizer_3 = clip_tokenizer(words, text_length), t5_tokenizer(words, text_length)
         encoders = [
-            _clip_encoder(
+            clip_encoder(
                 len(tokenizer), text_length, clip_hidden, clip_layers, tokenizer.eos_token_id, tokenizer.bos_token_id
             )
             for _ in range(2)
         ]
-        t5 = _t5_encoder(len(tokenizer_3), joint, t5_layers)
+        t5 = t5_encoder(len(tokenizer_3), joint, t5_layers)
         vae = AutoencoderKL(
             in_channels=3, out_channels=3, latent_channels=latent_channels, sample_size=size,
             down_block_types=("DownEncoderBlock2D",) * len(vae_channels),

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flowrl.errors import UserError
+from flowrl.scoring.redact import hide
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +100,12 @@ class Endpoint:
         }
         if top_logprobs:
             body |= {"logprobs": True, "top_logprobs": top_logprobs}
-        return read_reply(self._post(json.dumps(body, allow_nan=False).encode(), time.monotonic() + self.deadline))
+        try:
+            reply = read_reply(self._post(json.dumps(body, allow_nan=False).encode(), time.monotonic() + self.deadline))
+        except EndpointError as error:
+            raise EndpointError(hide(str(error), self._key)) from error
+        # What a judge says stands beside its pictures in reports: it may have said back what it was sent.
+        return Reply(hide(reply.text, self._key), reply.first_token)
 
     def _post(self, body: bytes, until: float) -> bytes:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

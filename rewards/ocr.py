@@ -92,8 +92,8 @@ class Ocr:
 
     mode: "edit", "exact" or "mean" (of both). extra: text beyond the target costs. whole: the picture is one line of text,
     which is ten times faster. upscale: factor for small pictures. min_confidence: lines below it are not read. compat:
-    "flow_grpo" for the public formula, which takes the first target. Components "exact" and "edit"; details: what was
-    read. A sample without a target is invalid.
+    "flow_grpo" for the public formula, which takes the first target. Components "exact", "edit" and "substring" (the public
+    formula, whatever ``compat`` says); details: what was read. A sample without a target is invalid.
     """
 
     name: ClassVar[str] = "ocr"
@@ -129,7 +129,7 @@ class Ocr:
 
         count = len(batch)
         wanted, errors = self._targets(batch)
-        exact, edit = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
+        exact, edit, substring = (np.full(count, np.nan, np.float32) for _ in range(3))
         details: list[str | None] = [None] * count
         for index, texts in enumerate(wanted):
             if texts is None:
@@ -138,10 +138,12 @@ class Ocr:
             reads = [self.read(picture) for picture in pictures]
             pairs = np.array([self._compare(read, texts) for read in reads])
             exact[index], edit[index] = self._mean(pairs)
+            joined = ["".join(line.text for line in read) for read in reads]
+            substring[index] = np.mean([flow_grpo_similarity(text, texts[0]) for text in joined])
             details[index] = "; ".join(dict.fromkeys(" ".join(line.text for line in read) for read in reads))
         mean = ((edit + exact) / 2).astype(np.float32)
         scores = {"edit": edit, "exact": exact, "mean": mean}[self.mode]
-        return scored(scores, {"exact": exact, "edit": edit}, details, errors)
+        return scored(scores, {"exact": exact, "edit": edit, "substring": substring}, details, errors)
 
     def read(self, picture: npt.NDArray[np.uint8]) -> list[Line]:
         """Lines of one picture that are sure enough."""

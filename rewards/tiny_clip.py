@@ -18,7 +18,7 @@ from flowrl.rewards.media import BOTH, chunks, frames, mean_by_owner, scored
 from torch import nn
 
 from flowrl.errors import UserError
-from flowrl.records import RewardBatch, RewardResult
+from flowrl.records import Request, RewardBatch, RewardResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,6 +126,7 @@ class TinyClipScore(OnDevice):
     deterministic = True
     licence = "Apache-2.0 (flowrl)"
     presets = ("cosine", "logit")
+    differentiable = "pictures"
 
     def __init__(
         self, path: str, preset: Literal["", "cosine", "logit"] = "", stride: int = 1, device: str = "auto"
@@ -145,13 +146,26 @@ class TinyClipScore(OnDevice):
         pictures, owner = frames(batch.images, self.stride)
         with torch.inference_mode():
             texts = self.network.encode_texts(self.network.tokens(batch.prompts).to(self.device))[owner.tolist()]
-            parts = [self._embed(pictures[rows]) for rows in chunks(len(pictures), BATCH)]
-            cosine = (torch.cat(parts) * texts).sum(-1).cpu().numpy()
+            cosine = (self.images(pictures) * texts).sum(-1).cpu().numpy()
         return scored(np.float32(self.scale) * mean_by_owner(cosine, owner, len(batch)))
 
+    @torch.inference_mode()
+    def images(self, pictures: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """uint8 [N, H, W, 3] to unit float32 [N, D]."""
+        return torch.cat([self._embed(pictures[rows]) for rows in chunks(len(pictures), BATCH)])
+
+    def value(self, x: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """The score with its gradient. x: float [B, 3, H, W] in [0, 1]."""
+        with torch.no_grad():
+            texts = self.network.encode_texts(self.network.tokens([r.prompt for r in requests]).to(self.device))
+        return self.scale * (self._planes(x.to(self.device)) * texts).sum(-1)
+
     def _embed(self, pictures: npt.NDArray[np.uint8]) -> torch.Tensor:
+        return self._planes(torch.tensor(pictures).to(self.device, torch.float32).permute(0, 3, 1, 2) / 255)
+
+    def _planes(self, planes: torch.Tensor) -> torch.Tensor:
+        """float32 [N, 3, H, W] in [0, 1] to unit [N, D]."""
         side = self.network.config.side
-        planes = torch.tensor(pictures).to(self.device, torch.float32).permute(0, 3, 1, 2) / 255
         if planes.shape[-2:] != (side, side):
             planes = nn.functional.interpolate(planes, (side, side), mode="bilinear", antialias=True)
         return self.network.encode_images(planes)

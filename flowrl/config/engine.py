@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowrl import registry
+from flowrl.config.families import family_of
 from flowrl.config.schema import Config, Objective
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 # What training/credit.py hands to an estimator, and training/losses.py to a policy loss.
 SUPPLIED = frozenset({
     "rewards", "group", "valid", "weights", "mask", "step_reward", "trajectory", "length", "cost", "step", "node",
-    "seed_group", "old_log_prob", "anchor", "node_path", "segment",
+    "seed_group", "old_log_prob", "anchor", "node_path", "segment", "truncated",
 })  # fmt: skip
-VALUES = frozenset({"step_value", "start_value", "value", "segment_value", "stage_reward"})
+VALUES = frozenset({"step_value", "start_value", "value", "segment_value", "stage_reward", "value_post", "probe"})
 """What ``credit.values`` adds."""
 LOSS_INPUTS = frozenset({"log_prob", "old_log_prob", "advantage", "mask"})
 # Optional inputs that stand in for a probability: a denoising step has a density, which is not one.
@@ -28,7 +29,9 @@ PLAIN = frozenset({"grpo", "dr_grpo", "rloo", "lite_ppo", "gdpo"})
 
 
 def loss_name(objective: Objective) -> str:
-    """The policy loss that an objective runs: the one it names itself, else that of its form."""
+    """The policy loss that an objective runs: the one it names itself, else that of its form; "" for other families."""
+    if family_of(objective.name) != "trajectory":
+        return ""
     if objective.loss or objective.name == "flow_grpo":
         return objective.loss or "ppo"
     return str(registry.resolve("objective", objective.name)[objective.name].loss)

@@ -242,7 +242,17 @@ def _entries(section: str, entries: Sequence[RewardEntry]) -> Iterator[str]:
         for wrong in read_shaping(entry.shaping)[1]:
             yield f"{key}.shaping.{wrong}"
         yield from _executor(key, entry)
+        yield from _offload(key, entry)
         yield from _plugin(key, entry)
+
+
+def _offload(key: str, entry: RewardEntry) -> Iterator[str]:
+    if not entry.offload:
+        return
+    if entry.executor.kind == "http":
+        yield f"{key}.offload: where a service keeps its networks is set there; remove it"
+    elif entry.executor.kind != "worker" and not (declared(entry.name, "offload") and declared(entry.name, "onload")):
+        yield f"{key}.offload: {entry.name} has no offload() and onload() to be called; remove it"
 
 
 def _executor(key: str, entry: RewardEntry) -> Iterator[str]:
@@ -330,14 +340,29 @@ def scope_of(entry: RewardEntry) -> str:
     return "pair" if pairs else "sample"
 
 
+def reads_latents(entry: RewardEntry) -> bool:
+    """Whether a reward reads the latents of a batch: what it declares, or whether a parameter is called ``latents``."""
+    said = declared(entry.name, "needs_latents")
+    if said is not None:
+        return bool(said)
+    scored = declared(entry.name, "score")
+    return "latents" in parameters_of(entry.name) or (callable(scored) and "latents" in _parameters(scored))
+
+
 def parameters_of(name: str) -> frozenset[str]:
     """The names of a function's parameters; none for a class, and for what cannot be read."""
     try:
         target = registry.resolve("reward", split_preset(name)[0])
-        found = () if isinstance(target, type) or not callable(target) else inspect.signature(target).parameters
-    except (UserError, ValueError):
+    except UserError:
         return frozenset()
-    return frozenset(found)
+    return frozenset() if isinstance(target, type) or not callable(target) else _parameters(target)
+
+
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except ValueError:  # written in C
+        return frozenset()
 
 
 def relative(entry: RewardEntry) -> bool:

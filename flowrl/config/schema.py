@@ -8,6 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flowrl.config.condition import Condition
+from flowrl.config.direct import Direct
+from flowrl.config.evaluation import Measures
+from flowrl.config.forward import Forward
+from flowrl.config.guide import Euphonium, Guide, Search
+from flowrl.config.neighbours import Neighbours
+from flowrl.config.process import ActorCritic, Critic, ProcessEntry
+from flowrl.config.tracking import Tracking
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -32,6 +41,7 @@ class Model:
     lora: Lora = field(default_factory=Lora)
     height: int = 36
     width: int = 36
+    frames: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +51,13 @@ class Data:
     format: "auto" takes world/... as the world and .txt as lines and .jsonl as jsonl; geneval and ocr are named.
     tags: how often each tag of the prompts is drawn, as {tag: weight}, uniformly within a tag; a tag left out is not drawn.
     Empty: the world's own weights, or one pass over the file after another.
+    preferences: a jsonl file of prompt, chosen and rejected (pictures beside it), for objective.name=dpo.
     """
 
     prompts: str = "world/v1"
     format: Literal["auto", "lines", "jsonl", "geneval", "ocr"] = "auto"
     tags: dict[str, float] = field(default_factory=dict)
+    preferences: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +143,8 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """How trajectories are drawn. guidance 1 means no guidance; cfg_gradient: which branches the update differentiates.
+    """How trajectories are drawn. guidance 1 means no guidance; guidance_low: the scale for little noise, for models with an
+    expert of its own there (Wan 2.2); cfg_gradient: which branches the update differentiates.
 
     share_prefix: the members of a group share start noise and latents until the first stochastic step, and what they share
     is computed once. seeds: start noises a group, each with an equal part of its members. splits: steps at which every
@@ -149,8 +162,10 @@ class Rollout:
     children: int = 2
     solver: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     guidance: float = 1.0
+    guidance_low: float | None = None
     cfg_gradient: Literal["full", "conditional"] = "full"
     storage_dtype: Literal["fp32", "bf16"] = "fp32"
+    guide: Guide = field(default_factory=Guide)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +187,12 @@ class Credit:
     """Values of intermediate latents, for estimators that take them (vgpo, dense_grpo, stepwise, tp_grpo).
 
     values: none | x0 (rewards of the one-step clean estimate, no extra network calls) | ode (rewards of a deterministic
-    run to the end, in ode_steps steps; 0: all that are left). stride: every how many trained steps a value is taken; the
-    steps between carry the next one.
+    run to the end, in ode_steps steps; 0: all that are left) | process (the entries of ``process``) | critic (a network
+    trained on the run's own samples). stride: every how many trained steps a value is taken; the steps between carry the
+    next one.
     """
 
-    values: Literal["none", "x0", "ode"] = "none"
+    values: Literal["none", "x0", "ode", "process", "critic"] = "none"
     ode_steps: int = 0
     stride: int = 1
 
@@ -277,7 +293,8 @@ class RewardEntry:
     evaluations alone, its weight being its part of the gold score). shaping: steps from score to what is trained on, in
     order: {affine: [scale, offset]}, {clip: [low, high]}, {sigmoid: [centre, width]}, {rank: {}} (place in the group, 0 to
     1), {gate: {by: label, at_least: 0.5, otherwise: 0}} (see flowrl.scoring.shaping). opponents: of a reward that compares
-    pairs, how many other members each one meets; 0: all.
+    pairs, how many other members each one meets; 0: all. offload: keep a reward's networks in main memory, and on their
+    device only while there is something to score.
     """
 
     name: str
@@ -287,6 +304,7 @@ class RewardEntry:
     role: Literal["train", "gold", "monitor"] = "train"
     shaping: tuple[dict[str, Any], ...] = ()
     opponents: int = 0
+    offload: bool = False
     executor: Executor = field(default_factory=Executor)
 
     @property
@@ -328,7 +346,7 @@ class Alarm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Measures):
     """Paired evaluation: same prompts, noise, steps and guidance for every checkpoint.
 
     prompts: "world/v1" (held-out sentences) or a file; count: distinct prompts; per_prompt: pictures each; every: iterations
@@ -341,6 +359,7 @@ class Evaluation:
     per_prompt: int = 4
     steps: int = 10
     guidance: float = 1.0
+    guidance_low: float | None = None
     seed: int = 1234
     every: int = 0
     quick: int = 100
@@ -357,14 +376,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tracking:
-    """metrics.jsonl is always written; others by choice."""
-
-    tensorboard: bool = False
-    progress: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run. ``run_dir`` must not hold another run; ``threads``: torch CPU threads, 0 leaves torch's default."""
 
@@ -376,9 +387,17 @@ class Config:
     data: Data = field(default_factory=Data)
     batch: Batch = field(default_factory=Batch)
     rollout: Rollout = field(default_factory=Rollout)
+    process: tuple[ProcessEntry, ...] = ()
+    critic: Critic = field(default_factory=Critic)
+    actor_critic: ActorCritic = field(default_factory=ActorCritic)
     credit: Credit = field(default_factory=Credit)
     advantage: Advantage = field(default_factory=Advantage)
     objective: Objective = field(default_factory=Objective)
+    direct: Direct = field(default_factory=Direct)
+    euphonium: Euphonium = field(default_factory=Euphonium)
+    forward: Forward = field(default_factory=Forward)
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    condition: Condition = field(default_factory=Condition)
     optimizer: Optimizer = field(default_factory=Optimizer)
     ema: Ema = field(default_factory=Ema)
     rewards: tuple[RewardEntry, ...] = ()
@@ -387,3 +406,4 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
+    search: Search = field(default_factory=Search)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from flowrl import registry
 from flowrl.config.engine import PLAIN, VALUES, loss_name
+from flowrl.config.families import family_of
+from flowrl.config.guide import takes_start, takes_values
 from flowrl.config.rewards import declared, split_preset
 from flowrl.config.schema import Config
 
@@ -84,7 +86,7 @@ def _values(config: Config) -> Iterator[str]:
             f"advantage.name: {a.name} takes values of intermediate states; set credit.values=x0 (one-step estimates, no "
             "extra network calls) or credit.values=ode"
         )
-    if not takes and credit.values != "none":
+    if not takes and not takes_values(config) and credit.values != "none":
         yield (
             f"credit.values: {credit.values} scores every trained step, and advantage.name={a.name} does not read that; "
             "set it to none, or use vgpo, dense_grpo, stepwise or tp_grpo"
@@ -105,8 +107,10 @@ def reads_start(config: Config) -> bool:
     from flowrl.advantage import ESTIMATORS
     from flowrl.advantage.pipeline import inputs_of
 
+    if takes_start(config):
+        return True
     wanted = inputs_of(ESTIMATORS[config.advantage.name])
-    required = any(wanted.get(name, False) for name in ("start_value", "value", "segment_value"))
+    required = any(wanted.get(name, False) for name in ("start_value", "value", "segment_value", "probe"))
     return required or config.advantage.options.get("shaping") == "gain"
 
 
@@ -144,7 +148,7 @@ def _least(reward: str) -> float | None:
 
 def _objective(config: Config) -> Iterator[str]:
     o = config.objective
-    if o.name not in registry.names("objective"):
+    if o.name not in registry.names("objective") or family_of(o.name) != "trajectory":
         return
     plain = o.name == "flow_grpo" and not o.ratio
     if plain:

@@ -7,8 +7,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flowrl import registry
-from flowrl.config import engine, rewards, trajectory
+from flowrl.config import (
+    condition,
+    direct,
+    engine,
+    evaluation,
+    forward,
+    guide_checks,
+    neighbours,
+    process_checks,
+    rewards,
+    tracking,
+    trajectory,
+)
 from flowrl.config.dialect import ConfigError
+from flowrl.config.families import family_of
 from flowrl.config.load import from_mapping
 from flowrl.config.render import to_mapping
 from flowrl.config.schema import Config
@@ -23,13 +36,13 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         iterations model.height model.width model.lora.rank batch.groups batch.group_size batch.micro_batch
         rollout.window.size rollout.window.every rollout.window.stride rollout.window.least rollout.seeds rollout.children
         credit.stride objective.updates objective.passes ema.every failures.min_valid
-        evaluation.count evaluation.per_prompt evaluation.steps evaluation.quick
+        evaluation.count evaluation.per_prompt evaluation.steps evaluation.quick tracking.pictures.rows
     """),
     ("use at least 0", lambda value: value >= 0, """
         seed threads rollout.window.first rollout.window.rate
         credit.ode_steps rollout.guidance advantage.clip objective.kl.weight optimizer.lr
         optimizer.weight_decay optimizer.warmup evaluation.guidance evaluation.seed evaluation.every evaluation.grid
-        checkpoint.every alarm.patience failures.breaker failures.breaker_s
+        checkpoint.every alarm.patience failures.breaker failures.breaker_s tracking.pictures.every
     """),
     ("use more than 0", lambda value: value > 0, """
         model.lora.alpha objective.clip_range optimizer.eps optimizer.max_grad_norm
@@ -148,7 +161,7 @@ def _prompts(section: str, prompts: str, form: str) -> Iterator[str]:
 def _batch(config: Config) -> Iterator[str]:
     size = config.batch.group_size
     yield from engine.problems(config)
-    if size == 1:
+    if size == 1 and family_of(config.objective.name) != "direct":
         yield (
             f"batch.group_size: {config.advantage.name} compares the members of a group, and a group of 1 has none; "
             "use at least 2"
@@ -171,7 +184,7 @@ def _rollout(config: Config) -> Iterator[str]:
     kernel, steps = config.rollout.kernel, config.rollout.steps
     if kernel.name not in registry.names("kernel"):
         yield f"rollout.kernel.name: {registry.unknown('kernel', kernel.name)}"
-    elif kernel.name == "ode":
+    elif kernel.name == "ode" and family_of(config.objective.name) == "trajectory":
         yield (
             "rollout.kernel.name: ode draws no noise, so no step has a log-probability to train; "
             "use precise, cps or flow_sde"
@@ -238,5 +251,9 @@ def _objective(config: Config) -> Iterator[str]:
 
 _Check = Callable[[Config], Iterator[str]]
 _CHECKS: tuple[_Check, ...] = (
-    _ranges, _run, _model, _data, _batch, _rollout, trajectory.problems, _objective, rewards.problems,
+    _ranges, _run, _model, _data, _batch, _rollout, trajectory.problems, _objective, direct.problems,
+    forward.problems,
+    neighbours.problems, guide_checks.problems, process_checks.problems,
+    condition.problems, rewards.problems,
+    evaluation.problems, tracking.problems,
 )  # fmt: skip

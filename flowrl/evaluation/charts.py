@@ -94,6 +94,72 @@ def line_chart(
     return _svg(width, height, title, body)
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Points joined in their own order, for a scatter. points: (x, y, name); low, high: ends of y, None for none."""
+
+    label: str
+    points: Sequence[tuple[float, float, str]]
+    low: Sequence[Number] = ()
+    high: Sequence[Number] = ()
+    color: str = COLORS[0]
+
+
+def scatter_chart(
+    traces: Sequence[Trace], *, title: str, x_label: str, size: tuple[int, int] = (440, 280), names: int = 8
+) -> str:
+    """Draw traces as dots joined in order, with bars for intervals of y, as one ``<svg>``.
+
+    names: of at most so many points of a trace, the first and the last among them, the name stands beside the dot. The dot
+    of the last point is larger. Without any finite point it says so.
+    """
+    width, height = size
+    key = [(item.label, item.color) for item in traces if item.label] if len(traces) > 1 else []
+    legend_svg, rows = _legend(key, width)
+    head = 24 + 16 * rows
+    body: list[str] = [_text(8, 15, title, "title"), legend_svg]
+    columns = [Series(t.label, [p[0] for p in t.points], [p[1] for p in t.points], t.low, t.high) for t in traces]
+    spans = _spans(columns, None, None)
+    if spans is None:
+        body.append(_text(width / 2, height / 2, "no values yet", "quiet", "middle"))
+        return _svg(width, height, title, body)
+    ticks = nice_ticks(*spans[1], 5)
+    labels = [_label(tick, ticks, False) for tick in ticks]
+    y = (min(spans[1][0], ticks[0]), max(spans[1][1], ticks[-1]))
+    room = 0.06 * (spans[0][1] - spans[0][0])
+    x = (spans[0][0] - room, spans[0][1] + room)
+    frame = _Frame(16 + 6.6 * max(len(label) for label in labels), head + 8, width - 24, height - 36, x, y)
+    body += [*_axes(frame, ticks, labels, x_label), *(_path(item, frame, names) for item in traces)]
+    return _svg(width, height, title, body)
+
+
+def _path(item: Trace, frame: _Frame, names: int) -> str:
+    points = [point for point in item.points if _valid(point[0]) and _valid(point[1])]
+    there = [index for index, point in enumerate(item.points) if point in points]
+    line = " ".join(f"{frame.px(x)} {frame.py(y)}" for x, y, _ in points)
+    parts = (
+        [f'<path d="M{line}" fill="none" stroke="{item.color}" stroke-width="1.2" stroke-opacity=".6"/>']
+        if line
+        else []
+    )
+    for index in there:
+        low = item.low[index] if item.low else None
+        high = item.high[index] if item.high else None
+        if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+            at = frame.px(item.points[index][0])
+            parts.append(
+                f'<path d="M{at} {frame.py(low)}V{frame.py(high)}" stroke="{item.color}" stroke-opacity=".35"/>'
+            )
+    count = min(names, len(points))
+    told = {round(i * (len(points) - 1) / max(1, count - 1)) for i in range(count)}
+    for index, (x, y, name) in enumerate(points):
+        radius = 4 if index == len(points) - 1 else 2.6
+        parts.append(f'<circle cx="{frame.px(x)}" cy="{frame.py(y)}" r="{radius}" fill="{item.color}"/>')
+        if index in told:
+            parts.append(_text(float(frame.px(x)) + 6, float(frame.py(y)) - 5, name, "tick"))
+    return "".join(parts)
+
+
 def small_multiples(
     panels: Sequence[tuple[str, Sequence[Series]]],
     *,
@@ -170,6 +236,8 @@ def _spans(
 def _wide(low: float, high: float) -> tuple[float, float]:
     if high - low > 1e-9 * max(abs(low), abs(high), 1e-9):
         return low, high
+    if low == high == 0:
+        return 0.0, 1.0
     room = 0.5 * abs(low) or 0.5
     return low - room, high + room
 
@@ -183,6 +251,8 @@ def _axes(frame: _Frame, ticks: Sequence[float], labels: Sequence[str], x_label:
             parts.append(_text(frame.left - 6, float(level) + 4, label, "tick", "end"))
     below = frame.bottom + 14
     marks = nice_ticks(*frame.x, 5 if frame.right - frame.left > 250 else 3)
+    if x_label == "iteration":
+        marks = [mark for mark in marks if mark == round(mark)]
     for mark in marks:
         if frame.x[0] <= mark <= frame.x[1]:
             parts.append(_text(float(frame.px(mark)), below, _label(mark, marks, False), "tick", "middle"))

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flowrl.evaluation import charts, grids, report
+from flowrl.evaluation import charts, drawing
+from flowrl.evaluation import page as html
 from flowrl.evaluation.comparison import MethodRuns
+from flowrl.evaluation.report_curves import MAX_POINTS, WINDOW, moving
 
 Images = npt.NDArray[np.uint8]
 Text = list[list[str]]
@@ -137,17 +139,17 @@ def page(result: Mapping[str, Any], methods: Sequence[MethodRuns], grid: Path, c
         "seeds": ", ".join(map(str, result["seeds"])),
     }  # fmt: skip
     facts |= {label: found["settings"] for label, found in result["methods"].items()}
-    lead = report.table([], [[report.escape(name), report.escape(text)] for name, text in facts.items()], "facts")
-    warnings = "".join(f"<li>{report.escape(text)}</li>" for text in result["warnings"])
+    lead = html.table([], [[html.escape(name), html.escape(text)] for name, text in facts.items()], "facts")
+    warnings = "".join(f"<li>{html.escape(text)}</li>" for text in result["warnings"])
     name = "The same prompts and noise: base, then each method (first seed)"
     sections = [
-        ("Methods", _html_table(result) + "".join(report.note(text) for text in notes(result))),
-        ("Warnings", f'<ul class="warnings">{warnings}</ul>' if warnings else report.note("None.")),
+        ("Methods", _html_table(result) + "".join(html.note(text) for text in notes(result))),
+        ("Warnings", f'<ul class="warnings">{warnings}</ul>' if warnings else html.note("None.")),
         ("While training", _curves(result, methods)),
-        ("Pictures", f'<img src="{report.embed(grid)}" alt="{report.escape(name)}">' + report.note(name)),
+        ("Pictures", html.picture(grid, name) + html.note(name)),
         ("Configuration", "".join(_config(label, text) for label, text in configs.items())),
     ]
-    return report.page(title, lead, sections)
+    return html.page(title, lead, sections)
 
 
 def _flat(machine: Any) -> str:
@@ -156,7 +158,7 @@ def _flat(machine: Any) -> str:
 
 
 def _config(label: str, text: str) -> str:
-    return f"<details><summary>{report.escape(label)}</summary><pre>{report.escape(text)}</pre></details>"
+    return f"<details><summary>{html.escape(label)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def _color(index: int) -> str:
@@ -168,8 +170,8 @@ def _html_table(result: Mapping[str, Any]) -> str:
     cells = []
     for index, row in enumerate(rows):
         swatch = f'<span class="swatch" style="background:{_color(index - 1)}"></span>' if index else ""
-        cells.append([swatch + report.escape(row[0]), *(_cell(text) for text in row[1:])])
-    return report.table([report.escape(name) for name in head], cells, "result many")
+        cells.append([swatch + html.escape(row[0]), *(_cell(text) for text in row[1:])])
+    return html.table([html.escape(name) for name in head], cells, "result many")
 
 
 def _cell(text: str) -> str:
@@ -179,9 +181,7 @@ def _cell(text: str) -> str:
     mean, bracket, interval = (rest if colon else text).partition(" [")
     below = f"{mean}{bracket}{interval}" if colon else f"{bracket}{interval}".strip()
     main = word if colon else mean
-    return f"<b{kind}>{report.escape(main)}</b>" + (
-        f' <span class="quiet">{report.escape(below)}</span>' if below else ""
-    )
+    return f"<b{kind}>{html.escape(main)}</b>" + (f' <span class="quiet">{html.escape(below)}</span>' if below else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -209,9 +209,9 @@ def _curves(result: Mapping[str, Any], methods: Sequence[MethodRuns]) -> str:
             drawn.append(charts.line_chart(series, title=title, x_label=x_label, percent=percent))
     legend = (
         f"Line: mean over seeds; band: two standard errors of it, from the spread between seeds (none for one seed). "
-        f"Training figures are smoothed over {report.WINDOW} iterations where a run has twice as many."
+        f"Training figures are smoothed over {WINDOW} iterations where a run has twice as many."
     )
-    return report.figure(drawn, "No metrics yet.", legend)
+    return html.figure(drawn, "No metrics yet.", legend)
 
 
 def band(method: MethodRuns, key: str, *, smooth: bool, color: str, scale: float = 1.0) -> charts.Series | None:
@@ -223,7 +223,7 @@ def band(method: MethodRuns, key: str, *, smooth: bool, color: str, scale: float
     shared = sorted(set.intersection(*(set(run) for run in runs)))
     if not shared:
         return None
-    shared = shared[:: math.ceil(len(shared) / report.MAX_POINTS)]
+    shared = shared[:: math.ceil(len(shared) / MAX_POINTS)]
     at = [[run[x] for run in runs] for x in shared]
     mean: list[float | None] = [plain.fmean(values) for values in at]
     low: list[float | None] | None = None
@@ -242,9 +242,9 @@ def _by_iteration(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, floa
 
 def _smoothed(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     found = _by_iteration(rows, key)
-    if len(found) < 2 * report.WINDOW:
+    if len(found) < 2 * WINDOW:
         return found
-    mean = report.moving(list(found.values()))[0]
+    mean = moving(list(found.values()))[0]
     return {x: value for x, value in zip(found, mean, strict=True) if value is not None}
 
 
@@ -266,19 +266,19 @@ def picture_grid(rows: Sequence[tuple[str, Images, Sequence[float | None]]], pro
     zoom = max(1, math.ceil(112 / shape[2]))
     width, height = (shape[2] * zoom, shape[1] * zoom) if shape[2] <= 256 else (256, round(256 * shape[1] / shape[2]))
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    left = grids.MARGIN + 12 + max(int(font.getlength(label)) for label, _, _ in rows)
-    heads = [grids.wrap(prompt, width, 13) for prompt in prompts]
-    top = grids.MARGIN + 17 * max(len(lines) for lines in heads) + 6
+    left = drawing.MARGIN + 12 + max(int(font.getlength(label)) for label, _, _ in rows)
+    heads = [drawing.wrap(prompt, width, 13) for prompt in prompts]
+    top = drawing.MARGIN + 17 * max(len(lines) for lines in heads) + 6
     step = height + 30
-    size = (left + len(prompts) * (width + 10) - 10 + grids.MARGIN, top + len(rows) * step - 6 + grids.MARGIN)
-    sheet = Image.new("RGB", size, grids.PAPER)
+    size = (left + len(prompts) * (width + 10) - 10 + drawing.MARGIN, top + len(rows) * step - 6 + drawing.MARGIN)
+    sheet = Image.new("RGB", size, drawing.PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(heads):
         for line, text in enumerate(lines):
-            draw.text((left + column * (width + 10), grids.MARGIN + 17 * line), text, grids.INK, small)
+            draw.text((left + column * (width + 10), drawing.MARGIN + 17 * line), text, drawing.INK, small)
     for index, (label, images, scores) in enumerate(rows):
         above = top + index * step
-        draw.text((grids.MARGIN, above + height // 2 - 8), label, grids.INK, font)
+        draw.text((drawing.MARGIN, above + height // 2 - 8), label, drawing.INK, font)
         for column, (image, score) in enumerate(zip(images, scores, strict=True)):
             filter_ = Image.Resampling.NEAREST if shape[2] <= 256 else Image.Resampling.LANCZOS
             corner = (left + column * (width + 10), above)
@@ -290,7 +290,7 @@ def picture_grid(rows: Sequence[tuple[str, Images, Sequence[float | None]]], pro
 
 def _verdict_of(score: float | None, before: float | None, *, first: bool) -> tuple[str, str]:
     if score is None:
-        return "no score", grids.QUIET
+        return "no score", drawing.QUIET
     if first or before is None or score == before:
-        return f"{score:.2f}", grids.QUIET
-    return f"{score:.2f}", grids.BETTER if score > before else grids.WORSE
+        return f"{score:.2f}", drawing.QUIET
+    return f"{score:.2f}", drawing.BETTER if score > before else drawing.WORSE

@@ -1,12 +1,7 @@
-"""Picture grids: base beside tuned from the same noise, sorted by change, dark on light.
-
-Captions use Pillow's own scalable font, so nothing is installed or downloaded; it has Latin letters only, and others
-show as boxes.
-"""
+"""Grids of pictures: base beside tuned from the same noise, sorted by change, dark on light."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +9,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from flowrl.evaluation.drawing import (
+    BETTER,
+    BORDER,
+    GUTTER,
+    INK,
+    MARGIN,
+    PAPER,
+    QUIET,
+    RULE,
+    SAME,
+    WORSE,
+    Images,
+    as_numbers,
+    check_images,
+    font_of,
+    scaled,
+    score_text,
+    wrap,
+)
+from flowrl.evaluation.video_sheets import save_animation, stills, video_sheet
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-Images = npt.NDArray[np.uint8]
-
-PAPER, INK, QUIET, RULE = "#ffffff", "#1f2328", "#656d76", "#d0d7de"
-BETTER, WORSE, SAME = "#1a7f37", "#cf222e", "#8c959f"
-
-MARGIN, GUTTER, BORDER = 20, 18, 3
-CAPTION_LINES = 3
 _HEADING, _MIN_WIDTH = 40, 460
-_MIN_SIDE, _MAX_SIDE = 128, 256  # a picture's width on the page, in pixels
+MAX_VIDEOS = 4
 
 
 @dataclass(frozen=True)
@@ -51,81 +59,8 @@ class _Pair:
     def verdict(self) -> str:
         """The tuned score with its change."""
         if math.isnan(self.change):
-            return _score(self.after)
-        return f"{_score(self.after)}   " + (f"{self.change:+.2f}" if self.change else "same")
-
-
-def _score(value: float) -> str:
-    return "no score" if math.isnan(value) else f"{value:.2f}"
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-def wrap(text: str, width: float, size: int, lines: int = CAPTION_LINES) -> list[str]:
-    """Break ``text`` into at most ``lines`` lines of ``width`` pixels at a font size; a cut shows as an ellipsis."""
-    font = _font(size)
-    done: list[str] = []
-    line = ""
-    words = [part for word in text.split() for part in _pieces(word, width, font)]
-    for index, word in enumerate(words):
-        longer = f"{line} {word}".strip()
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if len(done) == lines - 1:
-            line = _shorten(" ".join([line, *words[index:]]), width, font)
-            break
-        done.append(line)
-        line = word
-    return [*done, line] if line else done
-
-
-def _pieces(word: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Cut a word that is wider than a line."""
-    pieces, piece = [], ""
-    for letter in word:
-        if piece and font.getlength(piece + letter) > width:
-            pieces.append(piece)
-            piece = ""
-        piece += letter
-    return [*pieces, piece]
-
-
-def _shorten(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    text = text[:400]
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-def _picture(image: Images, scale: int | None) -> Image.Image:
-    """One picture on the page: enlarged by a whole factor without smoothing, or reduced to _MAX_SIDE."""
-    from PIL import Image as Pil
-
-    width = image.shape[1]
-    shown = Pil.fromarray(image)
-    if scale is None:
-        scale = max(1, math.ceil(_MIN_SIDE / width))
-        if width > _MAX_SIDE:
-            size = (_MAX_SIDE, round(image.shape[0] * _MAX_SIDE / width))
-            return shown.resize(size, Pil.Resampling.LANCZOS)
-    return shown.resize((width * scale, image.shape[0] * scale), Pil.Resampling.NEAREST)
-
-
-def _check(images: Images, others: Sequence[int], where: str) -> None:
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
-        raise ValueError(f"{where}: expected uint8 [N, H, W, 3] with N > 0, got {images.dtype} {list(images.shape)}")
-    if any(length != len(images) for length in others):
-        raise ValueError(f"{where}: {len(images)} pictures, but the other columns have {list(others)} entries")
-
-
-def _numbers(scores: Sequence[float | None]) -> list[float]:
-    return [math.nan if score is None else float(score) for score in scores]
+            return score_text(self.after)
+        return f"{score_text(self.after)}   " + (f"{self.change:+.2f}" if self.change else "same")
 
 
 def before_after_grid(
@@ -161,9 +96,9 @@ def _pairs(
     base_scores: Sequence[float | None],
     tuned_scores: Sequence[float | None],
 ) -> list[_Pair]:
-    _check(base, [len(tuned), len(prompts), len(base_scores), len(tuned_scores)], "before_after_grid")
-    _check(tuned, [], "before_after_grid")
-    before, after = _numbers(base_scores), _numbers(tuned_scores)
+    check_images(base, [len(tuned), len(prompts), len(base_scores), len(tuned_scores)], "before_after_grid")
+    check_images(tuned, [], "before_after_grid")
+    before, after = as_numbers(base_scores), as_numbers(tuned_scores)
     return [_Pair(base[i], tuned[i], prompts[i], before[i], after[i]) for i in range(len(base))]
 
 
@@ -188,12 +123,12 @@ def _page(
     top = MARGIN + 62
     page = Pil.new("RGB", (width, top + rows * (cell.height + GUTTER) + headings * _HEADING + MARGIN - GUTTER), PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, MARGIN), title, INK, _font(21))
+    draw.text((MARGIN, MARGIN), title, INK, font_of(21))
     _outcome_line(draw, MARGIN, MARGIN + 32, everything)
     for name, pairs in sections:
         if name:
             draw.line([(MARGIN, top + 2), (width - MARGIN, top + 2)], RULE)
-            draw.text((MARGIN, top + 10), name, INK, _font(17))
+            draw.text((MARGIN, top + 10), name, INK, font_of(17))
             top += _HEADING
         for start in range(0, len(pairs), columns):
             for column, pair in enumerate(pairs[start : start + columns]):
@@ -204,7 +139,7 @@ def _page(
 
 def _outcome_line(draw: ImageDraw.ImageDraw, left: float, top: float, pairs: Sequence[_Pair]) -> None:
     """Key of the colours, with how many pairs fell to each."""
-    font = _font(15)
+    font = font_of(15)
     counts = [
         (BETTER, f"{sum(pair.change > 0 for pair in pairs)} better"),
         (SAME, f"{sum(pair.change == 0 for pair in pairs)} the same"),
@@ -228,7 +163,7 @@ class _PairCell:
 
     def __init__(self, pairs: Sequence[_Pair], scale: int | None) -> None:
         self.scale = scale
-        self.side, self.picture_height = _picture(pairs[0].base, scale).size
+        self.side, self.picture_height = scaled(pairs[0].base, scale).size
         self.width = 2 * self.side + self.GAP + 4 * BORDER
         self.texts = {pair.prompt: wrap(pair.prompt, self.width, 15) for pair in pairs}
         lines = max(len(text) for text in self.texts.values())
@@ -236,12 +171,12 @@ class _PairCell:
 
     def draw(self, page: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, pair: _Pair) -> None:
         second = left + self.side + 2 * BORDER + self.GAP
-        self._one(page, draw, (left, top), pair.base, ("base", _score(pair.before)), (RULE, QUIET))
+        self._one(page, draw, (left, top), pair.base, ("base", score_text(pair.before)), (RULE, QUIET))
         ink = pair.color if pair.change else QUIET
         self._one(page, draw, (second, top), pair.tuned, ("tuned", pair.verdict), (pair.color, ink))
         top += self.LABEL + self.picture_height + 2 * BORDER + 6 + self.SCORE
         for line, text in enumerate(self.texts[pair.prompt]):
-            draw.text((left, top + line * self.TEXT), text, INK, _font(15))
+            draw.text((left, top + line * self.TEXT), text, INK, font_of(15))
 
     def _one(
         self,
@@ -253,27 +188,28 @@ class _PairCell:
         colors: tuple[str, str],
     ) -> None:
         left, top = corner
-        draw.text((left, top), words[0], QUIET, _font(13))
+        draw.text((left, top), words[0], QUIET, font_of(13))
         top += self.LABEL
         right, bottom = left + self.side + 2 * BORDER - 1, top + self.picture_height + 2 * BORDER - 1
         draw.rectangle([left, top, right, bottom], colors[0])
-        page.paste(_picture(picture, self.scale), (left + BORDER, top + BORDER))
-        draw.text((left, bottom + 7), words[1], colors[1], _font(15))
+        page.paste(scaled(picture, self.scale), (left + BORDER, top + BORDER))
+        draw.text((left, bottom + 7), words[1], colors[1], font_of(15))
 
 
 def contact_sheet(
     images: Images, captions: Sequence[str], *, columns: int = 8, scale: int | None = None, title: str = ""
 ) -> Image.Image:
-    """Draw pictures uint8 [N, H, W, 3] in rows, in the given order.
+    """Draw pictures uint8 [N, H, W, 3] in rows, in the given order; of videos [N, F, H, W, 3] the middle frame.
 
     Each line of a caption is wrapped to at most three lines below its picture.
     """
     from PIL import Image as Pil
     from PIL import ImageDraw
 
-    _check(images, [len(captions)], "contact_sheet")
+    images = stills(images)
+    check_images(images, [len(captions)], "contact_sheet")
     columns = max(1, min(columns, len(images)))
-    shown = [_picture(image, scale) for image in images]
+    shown = [scaled(image, scale) for image in images]
     side, height = shown[0].size
     texts = [[line for part in caption.split("\n") for line in wrap(part, side, 14)] for caption in captions]
     lines = max(len(text) for text in texts)
@@ -283,12 +219,12 @@ def contact_sheet(
     page = Pil.new("RGB", (width, top + math.ceil(len(images) / columns) * step - GUTTER + MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
     if title:
-        draw.text((MARGIN, MARGIN), title, INK, _font(20))
+        draw.text((MARGIN, MARGIN), title, INK, font_of(20))
     for index, (picture, text) in enumerate(zip(shown, texts, strict=True)):
         left, above = MARGIN + index % columns * (side + GUTTER), top + index // columns * step
         page.paste(picture, (left, above))
         for line, words in enumerate(text):
-            draw.text((left, above + height + 6 + line * 17), words, INK, _font(14))
+            draw.text((left, above + height + 6 + line * 17), words, INK, font_of(14))
     return page
 
 
@@ -308,8 +244,11 @@ def save_grids(
     change.png: the largest gains, unchanged pairs and the largest losses, a third of ``limit`` each where there are
     that many, with how many of each there are in all. worst.png: the largest losses first, where reward hacking
     shows. tuned.png: tuned pictures spread evenly over the prompts, chosen by no score. Different prompts come before
-    further pictures of the same prompt. Arguments as `before_after_grid`.
+    further pictures of the same prompt. Arguments as `before_after_grid`, and videos uint8 [N, F, H, W, 3] besides: the
+    pages show their middle frames, and video.png and video.webp the frames of the largest changes, base above tuned.
     """
+    videos = base, tuned
+    base, tuned = stills(base), stills(tuned)
     pairs = _pairs(base, tuned, prompts, base_scores, tuned_scores)
     ordered = sorted(pairs, key=_by_gain)
     gains = [pair for pair in ordered if pair.change > 0]
@@ -333,7 +272,23 @@ def save_grids(
     folder.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
         page.save(folder / name)
-    return [folder / name for name in pages]
+    paths = [folder / name for name in pages]
+    return paths + _save_videos(folder, *videos, pairs) if videos[0].ndim == 5 else paths
+
+
+def _save_videos(folder: Path, base: Images, tuned: Images, pairs: Sequence[_Pair]) -> list[Path]:
+    """video.png and video.webp: base and tuned of the pairs that changed most, either way."""
+    order = sorted(range(len(pairs)), key=lambda i: (math.isnan(pairs[i].change), -abs(pairs[i].change or 0)))
+    rows = order[:MAX_VIDEOS]
+    shown = np.stack([side[i] for i in rows for side in (base, tuned)])
+    texts = [
+        text
+        for i in rows
+        for text in (f"base {score_text(pairs[i].before)}: {pairs[i].prompt}", f"tuned {pairs[i].verdict}")
+    ]
+    video_sheet(shown, texts, title="Base and tuned, largest changes").save(folder / "video.png")
+    save_animation(folder / "video.webp", shown, columns=2)
+    return [folder / "video.png", folder / "video.webp"]
 
 
 def _distinct(pairs: Sequence[_Pair], count: int) -> list[_Pair]:
@@ -360,6 +315,6 @@ def _tuned_sheet(tuned: Images, prompts: Sequence[str], scores: Sequence[float |
         first.setdefault(prompt, index)
     rows, count = list(first.values()), min(limit, len(first))
     picked = [rows[index * len(rows) // count] for index in range(count)]
-    numbers = _numbers(scores)
-    captions = [f"{_score(numbers[index])}\n{' '.join(prompts[index].split())}" for index in picked]
+    numbers = as_numbers(scores)
+    captions = [f"{score_text(numbers[index])}\n{' '.join(prompts[index].split())}" for index in picked]
     return contact_sheet(tuned[picked], captions, title="Tuned, one picture a prompt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,16 @@ GRIDS = {
     "change.png": "Base beside tuned: gains, unchanged, losses",
     "worst.png": "Largest losses first: where reward hacking would show",
     "tuned.png": "Tuned pictures, one a prompt, chosen by no score",
+    "video.png": "Videos that changed most, base above tuned",
+    "video.webp": "Videos that changed most, base beside tuned, moving",
 }
+PICTURES = {
+    "checkpoints": "Base, in-training evaluations and tuned, largest losses first",
+    "group": "Groups while training, by advantage",
+    "steps": "One sample step by step: clean estimates and the credit of each step",
+    "video": "Best and worst videos of groups while training",
+}
+_NUMBERED = re.compile(r"(group|steps|video)-\d{6}\.(png|webp)")
 MIN_LIVE = 0.2
 """Below this share of groups with a signal the report warns."""
 
@@ -36,6 +46,10 @@ class RunFiles:
     facts: dict[str, Any] = field(default_factory=dict)
     config: str | None = None
     grids: list[Path] = field(default_factory=list)
+    pictures: dict[str, list[Path]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def column(self, key: str) -> list[float | None]:
@@ -68,6 +82,9 @@ def read_run(path: Path, label: str, index: int) -> RunFiles:
     run.metrics = _json_lines(run, "metrics.jsonl")
     if not run.metrics:
         run.warnings.append("metrics.jsonl is missing or has no rows: no curves")
+    run.samples = _json_lines(run, "samples.jsonl")
+    run.best = _json_object(run, "best.json") or {}
+    run.environment = _json_object(run, "environment.json") or {}
     run.evaluation = _evaluation(run)
     if run.evaluation is None:
         run.warnings.append("no evaluation yet: neither evaluation.json nor samples.jsonl has results")
@@ -75,8 +92,21 @@ def read_run(path: Path, label: str, index: int) -> RunFiles:
     run.grids += sorted(set((path / "grids").glob("*.png")) - set(run.grids))
     if not run.grids:
         run.warnings.append("no grids yet")
+    run.pictures = _pictures(path / "pictures")
     run.warnings += _judged(run)
     return run
+
+
+def _pictures(folder: Path) -> dict[str, list[Path]]:
+    """What the run drew of its training, by kind, in the order of iterations."""
+    found: dict[str, list[Path]] = {}
+    if (folder / "checkpoints.png").is_file():
+        found["checkpoints"] = [folder / "checkpoints.png"]
+    for file in sorted(folder.glob("*-*.*"), key=lambda file: (file.stem, file.suffix)):
+        matched = _NUMBERED.fullmatch(file.name)
+        if matched:
+            found.setdefault(matched[1], []).append(file)
+    return found
 
 
 def _first_line(config: str) -> dict[str, Any]:
@@ -96,8 +126,7 @@ def _evaluation(run: RunFiles) -> dict[str, Any] | None:
             run.facts |= {key: found[key] for key in ("command", "version", "machine", "world") if key in found}
             run.warnings += [str(text) for text in found.get("warnings", [])]
             return found
-        samples = _json_lines(run, "samples.jsonl")
-        return summarise(samples) if samples else None
+        return summarise(run.samples) if run.samples else None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         name = "samples.jsonl" if found is None else "evaluation.json"
         run.warnings.append(f"{name}: not a summary this version can read ({type(error).__name__}: {error})")

@@ -17,19 +17,14 @@ _FLOW = "tests/objectives/test_flow_grpo.py::"
 _RATIOS = "tests/objectives/test_ratios.py::"
 _WEIGHTS = "tests/objectives/test_step_weights.py::"
 _LOSSES = "tests/objectives/test_surrogates.py::"
+_EUPHONIUM = "tests/training/test_euphonium.py::"
 _FORMS = "tests/objectives/test_forms.py::"
 _POLICY_FLOW = "tests/objectives/test_policy_flow.py::"
 _NEIGHBOURS = "tests/objectives/test_neighbours.py::"
 
 
-# neighbor_grpo asks for a rollout of its own, which a config cannot name yet.
-_BY_HAND = frozenset({"neighbor_grpo"})
-
-
 def _objective(key: str, paper: str, tier: int, title: str, evidence: Mapping[str, str]) -> Method:
-    return Method(
-        key, "objective", paper, title, tier, evidence, config="" if key in _BY_HAND else f"objective.name={key}"
-    )
+    return Method(key, "objective", paper, title, tier, evidence, config=f"objective.name={key}")
 
 
 # The loss of these is Flow-GRPO's; they differ in the rollout.
@@ -141,6 +136,18 @@ METHODS: tuple[Method, ...] = (
         1,
         "DDPO: clipped importance sampling of every denoising step",
         _SHARED | {"learned": "docs/results/diffusion/ddpo.json"},
+    ),
+    _objective(
+        "euphonium",
+        "2602.04928",
+        2,
+        "Euphonium: guided samples, clipped surrogates of outcome and process rewards, guidance distilled into the network",
+        {
+            "exact": _EUPHONIUM + "test_distillate_of_the_exact_tilt_reaches_its_mean_without_a_reward",
+            "formula": _EUPHONIUM + "test_two_surrogates_are_summed",
+            "identity": _EUPHONIUM + "test_zero_guidance_is_flow_grpo_and_dance_grpo_bit_for_bit",
+            "reconstructed": _EUPHONIUM + "test_distillation_moves_towards_the_guided_step",
+        },
     ),
     _objective(
         "dpok",

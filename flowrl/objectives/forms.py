@@ -96,6 +96,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "policy_flow": Form(ratio="policy_flow"),
         "neighbor_grpo": Form(ratio="neighbours"),
         "ddpo": Form(),
+        "euphonium": Form(),
         "dpok": Form(loss="dpok", reference=True),
     }
 )

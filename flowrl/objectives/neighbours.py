@@ -22,12 +22,12 @@ from flowrl.advantage.segments import Groups
 def neighbour_noise(base: Tensor, fresh: Tensor, sigma: float = 0.3) -> Tensor:
     """Draw the group's initial noises near one: eps_i = sqrt(1 - sigma^2) base + sigma fresh_i.
 
-    base: [...], fresh: [G, ...], both standard normal; sigma in [0, 1]: 0 gives G copies of base, 1 independent
-    members, and two members have the correlation 1 - sigma^2. Every member is standard normal. Returns float32
-    [G, ...]. 2511.16955 equation 7. Raises ValueError for another shape or sigma.
+    base: [...], or [G, ...] where members are of several groups; fresh: [G, ...], both standard normal; sigma in [0, 1]:
+    0 gives G copies of base, 1 independent members, and two members have the correlation 1 - sigma^2. Every member is
+    standard normal. Returns float32 [G, ...]. 2511.16955 equation 7. Raises ValueError for another shape or sigma.
     """
     check_share("sigma", sigma)
-    if fresh.ndim < 2 or fresh.shape[1:] != base.shape:
+    if fresh.ndim < 2 or base.shape not in (fresh.shape, fresh.shape[1:]):
         raise ValueError(f"fresh: expected [G, ...] over base {list(base.shape)}, got {list(fresh.shape)}")
     return math.sqrt((1 - sigma) * (1 + sigma)) * base.float() + sigma * fresh.float()
 
@@ -50,6 +50,18 @@ def neighbour_log_prob(members: Tensor, anchor: Tensor, temperature: float = 1.0
         )
     apart = anchor.float()[:, None] - members.detach().float()[None]
     return torch.log_softmax(-apart.square().flatten(2).sum(2) / temperature, dim=1)
+
+
+def mean_squared_distance(members: Tensor) -> float:
+    """Take the mean of |x_i - x_j|^2 over all pairs i != j of a group: a temperature at which none is out of reach.
+
+    members: [G, ...]. Equal to twice the sum over elements of their variance (ddof 1). 1.0 for a group of one, or of equal
+    members, where any temperature gives the same.
+    """
+    if len(members) < 2:
+        return 1.0
+    found = float(2 * members.detach().double().flatten(1).var(0).sum())
+    return found or 1.0
 
 
 def quasi_norm_advantage(

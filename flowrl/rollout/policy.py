@@ -12,19 +12,9 @@ from torch import Tensor
 from flowrl.dynamics.guidance import guide
 from flowrl.dynamics.interpolants import endpoints
 from flowrl.dynamics.kernels import StepPoint, transition
+from flowrl.errors import UserError
 from flowrl.protocols import PipelineAdapter
-from flowrl.records import Conditioning, Prediction, PredictionKind, Request, Schedule
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """Conditioning of both branches; negative is None without guidance."""
-
-    positive: Conditioning
-    negative: Conditioning | None
-
-    def __getitem__(self, rows: Tensor) -> Prompted:
-        return Prompted(self.positive[rows], None if self.negative is None else self.negative[rows])
+from flowrl.records import Conditioning, Prediction, PredictionKind, Prompted, Request, Schedule
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,9 @@ class Step:
 class Policy:
     """An adapter on one schedule, with a kernel for its stochastic steps and guidance.
 
-    cfg_gradient: "full" differentiates both guidance branches, "conditional" detaches the unconditional one.
+    cfg_gradient: "full" differentiates both guidance branches, "conditional" detaches the unconditional one. guidance_low:
+    the scale below the adapter's ``guidance_boundary``, None for one scale (Wan 2.2 has two). Where guidance is embedded
+    in the network, the scale is a conditioning tensor of its own. Raises UserError for a second scale that no range has.
     """
 
     adapter: PipelineAdapter
@@ -64,10 +56,29 @@ class Policy:
     noise: float
     guidance: float = 1.0
     cfg_gradient: Literal["full", "conditional"] = "full"
+    guidance_low: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance_low is not None and self.adapter.guidance_boundary is None:
+            raise UserError(
+                f"guidance_low: {self.guidance_low:g} belongs to a second range of times, and this model has one; remove it"
+            )
 
     def encode(self, requests: Sequence[Request]) -> Prompted:
         positive = self.adapter.encode(requests)
-        return Prompted(positive, self.adapter.encode(requests, negative=True) if self.guidance != 1 else None)
+        if self.adapter.guidance_rule == "embedded":
+            scale = torch.full((len(requests),), float(self.guidance), device=self.adapter.device)
+            return Prompted(Conditioning({**positive.tensors, "guidance": scale}), None, tuple(requests))
+        guided = {self.guidance, self.guidance if self.guidance_low is None else self.guidance_low} != {1}
+        negative = self.adapter.encode(requests, negative=True) if guided else None
+        return Prompted(positive, negative, tuple(requests))
+
+    def _scale(self, t: Tensor) -> float | Tensor:
+        """Guidance at times t [B]: one number, or [B] where there are two ranges."""
+        if self.guidance_low is None:
+            return self.guidance
+        low = t < self.adapter.guidance_boundary
+        return torch.where(low, torch.full_like(t, self.guidance_low), torch.full_like(t, self.guidance))
 
     def predict(self, x: Tensor, step: Tensor, prompted: Prompted) -> Prediction:
         """The guided prediction at each sample's own step. x: [B, ...]; step: int64 [B]."""
@@ -77,7 +88,7 @@ class Policy:
             return conditional
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.cfg_gradient == "full"):
             unconditional = self.adapter.predict(x, t, prompted.negative)
-        value = guide(conditional.value, unconditional.value, self.guidance, self.adapter.guidance_rule)
+        value = guide(conditional.value, unconditional.value, self._scale(t), self.adapter.guidance_rule)
         return replace(conditional, value=value)
 
     def step(self, x: Tensor, step: Tensor, prompted: Prompted, kernel: str | None = None) -> Step:

@@ -18,8 +18,10 @@ from flowrl import rng
 from flowrl.dynamics.kernels import next_latent
 from flowrl.dynamics.log_prob import log_prob
 from flowrl.dynamics.solvers import History, solver_step
-from flowrl.records import LogProbReduction, PredictionKind, Trajectory
-from flowrl.rollout.policy import Policy, Prompted, Step
+from flowrl.objectives.neighbours import neighbour_noise
+from flowrl.records import LogProbReduction, PredictionKind, Prompted, Trajectory
+from flowrl.rollout.guided import Guide, Guiding, Moved, rademacher
+from flowrl.rollout.policy import Policy, Step
 
 MEMBERS = 1 << 20
 """More than any group has; ``group_id * MEMBERS + member`` names a latent across groups and processes."""
@@ -51,8 +53,9 @@ class RolloutPlan:
     steps: the stochastic steps, all trained; or ``stochastic`` and ``trained``, bool [P, T], when each group has its own
     (every group trains equally many). shared: members share start noise and latents until they part: at the first
     stochastic step, or step by step at ``splits`` (step -> children of every latent). seeds: start noises a shared group.
-    keep: further records of each transition, "value" and "x0_hat". solver: of the deterministic steps after the last
-    stochastic one.
+    keep: further records of each transition, "value", "x0_hat" and "reward_gradient". solver: of the deterministic steps
+    after the last stochastic one. guide: a process reward whose gradient moves the steps. neighbours: the members' start
+    noises lie near one of their group, at this sigma of ``objectives.neighbours``; trained steps are then deterministic.
     """
 
     shape: tuple[int, ...]
@@ -70,6 +73,8 @@ class RolloutPlan:
     splits: Mapping[int, int] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
     solver: str = "euler"
+    guide: Guide | None = None
+    neighbours: float | None = None
 
     def masks(self, groups: int, total: int) -> tuple[Tensor, Tensor]:
         """(stochastic, trained), bool [P, T]."""
@@ -146,6 +151,14 @@ def _noise(plan: RolloutPlan, groups: Groups, group: Tensor, member: Tensor, ste
     return rng.normal(keys, plan.shape)
 
 
+def _starts(plan: RolloutPlan, groups: Groups, group: Tensor, member: Tensor) -> Tensor:
+    """Start noise of members that share nothing, or only the neighbourhood of one noise, that of member 0's key."""
+    if plan.neighbours is None:
+        return _noise(plan, groups, group, member, 0, "initial")
+    base = _noise(plan, groups, group, torch.zeros_like(member), 0, "initial")
+    return neighbour_noise(base, _noise(plan, groups, group, member, 0, "perturb"), plan.neighbours)
+
+
 def _ode(policy: Policy, x: Tensor, k: int, prompted: Prompted) -> Step:
     return policy.step(x, torch.full((len(x),), k), prompted, kernel="ode")
 
@@ -169,7 +182,7 @@ def rollout(policy: Policy, groups: Groups, plan: RolloutPlan) -> Iterator[Traje
     for part in torch.split(torch.arange(len(group)), plan.chunk):
         here = rows[part]
         if shared is None:
-            x = _noise(plan, groups, here.group, here.member, 0, "initial").to(policy.adapter.device)
+            x = _starts(plan, groups, here.group, here.member).to(policy.adapter.device)
         else:
             x = shared[place[part]]
         yield _Chunk(policy, groups, plan, here, stochastic, trained).run(x, start[here.group])
@@ -178,7 +191,8 @@ def rollout(policy: Policy, groups: Groups, plan: RolloutPlan) -> Iterator[Traje
 def _stems_end(stochastic: Tensor, plan: RolloutPlan) -> Tensor:
     """First step of each group at which something is drawn or parts: int64 [P]."""
     first = stochastic.int().argmax(1)
-    return first.clamp(max=min(plan.splits)) if plan.splits else first
+    first = first.clamp(max=min(plan.splits)) if plan.splits else first
+    return first if plan.guide is None else first.clamp(max=plan.guide.begins(stochastic.shape[1]))
 
 
 def _stems(policy: Policy, groups: Groups, plan: RolloutPlan, stems: _Rows, start: Tensor) -> Tensor:
@@ -204,10 +218,12 @@ class _Chunk:
         self.policy, self.groups, self.plan, self.rows = policy, groups, plan, rows
         self.stochastic, self.trained = stochastic[rows.group], trained[rows.group]
         self.slot = self.trained.int().cumsum(1) - 1
-        self.last = int((self.stochastic.int() * torch.arange(1, self.stochastic.shape[1] + 1)).max()) - 1
+        walked = self.stochastic | self.trained
+        self.last = int((walked.int() * torch.arange(1, self.stochastic.shape[1] + 1)).max()) - 1
         self.history: History | None = None
         self.kept: dict[str, Tensor] = {}
         self.kind: PredictionKind = "velocity"
+        self.guiding = None if plan.guide is None else Guiding(plan.guide, policy, len(rows.group))
 
     def run(self, x: Tensor, start: Tensor) -> Trajectory:
         x = x.clone()
@@ -220,24 +236,45 @@ class _Chunk:
         """Move rows ``on`` over step k: those that share a latent by one network call."""
         rows, drawn = self.rows[on], self.stochastic[on, k]
         kept = x.to(self.plan.storage_dtype)
-        x = torch.where(_like(drawn, x), kept.float(), x)
+        x = torch.where(_like(drawn | self.trained[on, k], x), kept.float(), x)
         first, place = rows.distinct(k)
         steps, prompted = torch.full((len(first),), k), self.groups.prompted[rows.group[first]]
         if not bool(drawn.any()) and self.plan.solver != "euler" and k > self.last:
             return self._solve(x, k, on)
         if not bool(drawn.any()):
-            made = self.policy.step(x[first], steps, prompted, kernel="ode")[place]
+            source = self.policy.step(x[first], steps, prompted, kernel="ode")
+            made, moved = source[place], self._guided(source, x[first], k, on)
             self._keep_estimate(made, k, on)
-            return made.mean
+            straight = made.mean if moved is None else made.mean + moved.straight
+            return self._keep_straight(kept, straight, k, on)
         source = self.policy.step(x[first], steps, prompted)
-        made = source[place]
-        after = self._draw(made, rows, k)
+        made, moved = source[place], self._guided(source, x[first], k, on)
+        mean = made.mean if moved is None else made.mean + moved.drawn
+        after = self._draw(mean, made.std, rows, k)
         self._keep_estimate(made, k, on)
         self._keep(made, kept, after, k, on)
+        self._keep_guided(made, mean, moved, after, k, on)
         if bool(drawn.all()):
             return after.float()
-        straight = self.policy.made_of(x[first], steps, source.value, source.kind, kernel="ode")[place]
-        return torch.where(_like(drawn, x), after.float(), straight.mean)
+        straight = self.policy.made_of(x[first], steps, source.value, source.kind, kernel="ode")[place].mean
+        straight = straight if moved is None else straight + moved.straight
+        return torch.where(_like(drawn, x), after.float(), straight)
+
+    def _guided(self, source: Step, x: Tensor, k: int, on: Tensor) -> Moved | None:
+        """What guidance adds to the means of rows ``on``, or None; x and source: of their distinct latents."""
+        drawn = self.stochastic[on, k]
+        if self.guiding is None or not self.guiding.guide.acts(k, bool(drawn.any())):
+            return None
+        rows, total = self.rows[on], self.policy.schedule.steps
+        first, place = rows.distinct(k)
+        group, member = rows.group[first], rows.head[first, k]
+
+        def direction(draw: int) -> Tensor:
+            noise = _noise(self.plan, self.groups, group, member, k + draw * total, "perturb")
+            return rademacher(noise).to(x.device)
+
+        prompted, steps = self.groups.prompted[group], torch.full((len(first),), k)
+        return self.guiding.move(source, x, steps, prompted, direction, on, place)
 
     def _solve(self, x: Tensor, k: int, on: Tensor) -> Tensor:
         """One deterministic step of a higher-order solver, where every row is past its last stochastic step."""
@@ -256,10 +293,10 @@ class _Chunk:
         after, self.history = solver_step(self.plan.solver, predict, x, steps, policy.schedule, self.history)
         return after
 
-    def _draw(self, made: Step, rows: _Rows, k: int) -> Tensor:
+    def _draw(self, mean: Tensor, std: Tensor, rows: _Rows, k: int) -> Tensor:
         first, place = rows.distinct(k + 1)  # members that stay together draw one noise
         noise = _noise(self.plan, self.groups, rows.group[first], rows.head[first, k + 1], k, "step")
-        return next_latent(made.mean, made.std, noise.to(made.mean.device)[place], self.plan.storage_dtype)
+        return next_latent(mean, std, noise.to(mean.device)[place], self.plan.storage_dtype)
 
     def _keep(self, made: Step, x: Tensor, after: Tensor, k: int, on: Tensor) -> None:
         which = self.trained[on, k].nonzero().flatten()
@@ -269,6 +306,29 @@ class _Chunk:
         if "value" in self.plan.keep:
             found["value"] = made.value.float()
             self.kind = made.kind
+        for name, values in found.items():
+            self._write(name, rows, self.slot[rows, k], values[which])
+
+    def _keep_straight(self, x: Tensor, after: Tensor, k: int, on: Tensor) -> Tensor:
+        """Write down trained steps that draw no noise: latents alone. Returns the next latents, rounded as they are kept."""
+        which = self.trained[on, k].nonzero().flatten()
+        if not len(which):
+            return after
+        rounded = after.to(self.plan.storage_dtype)
+        for name, values in (("x", x), ("x_next", rounded)):
+            self._write(name, on[which], self.slot[on[which], k], values[which])
+        return torch.where(_like(self.trained[on, k], after), rounded.float(), after)
+
+    def _keep_guided(self, made: Step, mean: Tensor, moved: Moved | None, after: Tensor, k: int, on: Tensor) -> None:
+        """Records of the trained transitions of a guided rollout; ``mean`` is the one that was drawn around."""
+        if self.guiding is None:
+            return
+        which = self.trained[on, k].nonzero().flatten()
+        rows = on[which]
+        found = {"behaviour_log_prob": log_prob(after, mean, made.std, self.plan.reduction)}
+        found["pull"] = ((mean - made.mean) / made.std).flatten(1).square().mean(1).sqrt()
+        if "reward_gradient" in self.plan.keep:
+            found["reward_gradient"] = torch.zeros_like(mean) if moved is None else moved.pull.gradient
         for name, values in found.items():
             self._write(name, rows, self.slot[rows, k], values[which])
 
@@ -291,7 +351,8 @@ class _Chunk:
 
     def _trajectory(self, x0: Tensor) -> Trajectory:
         rows, groups, plan = self.rows, self.groups, self.plan
-        step = self.trained.nonzero()[:, 1].reshape(len(rows.group), -1)
+        kept = int(self.trained[0].sum())
+        step = self.trained.nonzero()[:, 1].reshape(len(rows.group), kept)
         own = groups.group_id[rows.group]
         return Trajectory(
             prompt_id=groups.prompt_id[rows.group],
@@ -307,10 +368,11 @@ class _Chunk:
             stochastic_mask=self.stochastic,
             trained_mask=self.trained.clone(),
             parent=own * MEMBERS + rows.head[:, 0],
-            step=step,
-            state=own[:, None] * MEMBERS + rows.head.gather(1, step),
-            node=own[:, None] * MEMBERS + rows.head.gather(1, step + 1),
+            step=step if kept else None,
+            state=own[:, None] * MEMBERS + rows.head.gather(1, step) if kept else None,
+            node=own[:, None] * MEMBERS + rows.head.gather(1, step + 1) if kept else None,
             kind=self.kind,
+            **({} if self.guiding is None else {"log_weight": self.guiding.log_weight, "sound": self.guiding.sound}),
             **self.kept,
         )
 

@@ -7,7 +7,7 @@ float or None a picture (or the pair (scores, extras) of flow_grpo), and says by
     images      uint8 [B, H, W, 3]                        metadata    one mapping a sample
     videos      uint8 [B, F, H, W, 3]                     group_ids   one int a sample
     completions pictures or videos, TRL's word            reference   media that were edited, as images
-    prompts     one text a sample                         latents     x0 [B, ...]
+    prompts     one text a sample                         latents     x0 [B, ...] (``batch``: with needs_latents = True)
     batch       the RewardBatch itself                    log_extra, log_metric   as in TRL
     first, second   two RewardBatches: a judge of pairs, see flowrl.scoring.scopes
 
@@ -54,6 +54,7 @@ class Adapted:
     backbone: str = ""
     deterministic: bool = False
     licence: str = ""
+    needs_latents: bool = False
     offload: Callable[[], None] = lambda: None
     onload: Callable[[], None] = lambda: None
 

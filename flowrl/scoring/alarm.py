@@ -172,6 +172,18 @@ def metrics(findings: list[Finding], watch: Watch) -> dict[str, Any]:
     return row
 
 
+def cells(pictures: npt.NDArray[np.uint8]) -> Values:
+    """Return the mean colours of 8 x 8 cells, of every frame: uint8 [N, H, W, 3] or [N, F, H, W, 3] to [N, D] in [0, 1]."""
+    frames = pictures.reshape(-1, *pictures.shape[-3:]).astype(np.float64) / 255
+    for axis in (1, 2):
+        size = frames.shape[axis]
+        count = min(CELLS, size)
+        edges = np.arange(count) * size // count
+        widths = np.diff([*edges, size]).reshape([-1 if axis == a else 1 for a in range(4)])
+        frames = np.add.reduceat(frames, edges, axis=axis) / widths
+    return frames.reshape(len(pictures), -1)
+
+
 def spread(pictures: npt.NDArray[np.uint8], group: npt.NDArray[np.int64]) -> Values:
     """Return each picture's mean distance from the other pictures of its group, float64 [N] in [0, 1].
 
@@ -180,14 +192,7 @@ def spread(pictures: npt.NDArray[np.uint8], group: npt.NDArray[np.int64]) -> Val
 
     pictures: uint8 [N, H, W, 3] or [N, F, H, W, 3]; group: int64 [N].
     """
-    frames = pictures.reshape(-1, *pictures.shape[-3:]).astype(np.float64) / 255
-    for axis in (1, 2):
-        size = frames.shape[axis]
-        cells = min(CELLS, size)
-        edges = np.arange(cells) * size // cells
-        widths = np.diff([*edges, size]).reshape([-1 if axis == a else 1 for a in range(4)])
-        frames = np.add.reduceat(frames, edges, axis=axis) / widths
-    flat = frames.reshape(len(pictures), -1)
+    flat = cells(pictures)
     found = np.full(len(pictures), np.nan)
     for value in np.unique(group):
         rows = np.flatnonzero(group == value)

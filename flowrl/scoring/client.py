@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flowrl.errors import UserError
@@ -21,6 +21,7 @@ from flowrl.records import RewardBatch, RewardResult
 from flowrl.scoring import endpoints, wire
 from flowrl.scoring.deadlines import Late, Runner, Watchdog
 from flowrl.scoring.executors.contract import CallFailed, checked
+from flowrl.scoring.redact import hide
 
 _PASSING = (408, 429)
 _CHUNK = 1 << 16
@@ -83,8 +84,7 @@ class ScoreClient:
             result = wire.unpack_result(answer.get("result"), len(batch))
         except wire.WireError as error:
             raise self._failed(str(error)) from error
-        result = checked(self._label, result, len(batch))
-        return _mapped(result, self._clean)
+        return checked(self._label, result, len(batch))
 
     def close(self) -> None:
         """End a call that is under way."""
@@ -97,7 +97,15 @@ class ScoreClient:
         return CallFailed(f"{self._label}: {self._clean(text)}", retry=retry, fatal=fatal)
 
     def _clean(self, text: str) -> str:
-        return text.replace(self._token, "***") if self._token else text
+        return hide(text, self._token)
+
+    def _cleaned(self, value: Any) -> Any:
+        """An answer whose texts and keys are clean: they go to files that people share."""
+        if isinstance(value, str):
+            return self._clean(value)
+        if isinstance(value, dict):
+            return {self._clean(key): self._cleaned(item) for key, item in value.items()}
+        return [self._cleaned(item) for item in value] if isinstance(value, list) else value
 
     def _request(self, method: str, path: str, content_type: str, body: bytes, seconds: float | None) -> dict[str, Any]:
         until = None if seconds is None else time.monotonic() + seconds
@@ -178,15 +186,25 @@ class ScoreClient:
     def _content(self, status: int, data: bytes) -> dict[str, Any]:
         if status == 200:
             try:
-                return wire.loads(data)
+                answer: dict[str, Any] = self._cleaned(wire.loads(data))
             except wire.WireError as error:
                 raise self._failed(str(error)) from error
+            return answer
         if 300 <= status < 400:
             raise self._failed(f"the service answers {status}, a redirect, which is not followed; give its own url")
         if status == 401:
             hint = f"the token of {self._token_env}" if self._token_env else "a call without token; set token_env"
             raise self._failed(f"the service refuses {hint}")
-        raise self._failed(f"the service answers {status}{_said(data)}", retry=status in _PASSING or status >= 500)
+        raise self._failed(f"the service answers {status}{self._said(data)}", retry=status in _PASSING or status >= 500)
+
+    def _said(self, data: bytes) -> str:
+        """The error text of a service's answer, if it has one."""
+        try:
+            text = wire.loads(data[:_CHUNK]).get("error")
+        except wire.WireError:
+            return ""
+        # Clean before it is cut: half a token is a secret, too.
+        return f": {self._clean(text)[:300]}" if isinstance(text, str) else ""
 
 
 def read_token(variable: str) -> str:
@@ -209,23 +227,3 @@ def _shut(connected: socket.socket) -> None:
     with contextlib.suppress(OSError):
         # Not SSLSocket's own, which would also drop its state under a thread that reads.
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
-
-
-def _said(data: bytes) -> str:
-    """The error text of a service's answer, if it has one."""
-    try:
-        text = wire.loads(data[:_CHUNK]).get("error")
-    except wire.WireError:
-        return ""
-    return f": {text[:300]}" if isinstance(text, str) else ""
-
-
-def _mapped(result: RewardResult, clean: Callable[[str], str]) -> RewardResult:
-    """Texts of a service go to files that people share: ``clean`` them."""
-    return RewardResult(
-        scores=result.scores,
-        valid=result.valid,
-        errors=[text and clean(text) for text in result.errors],
-        components={clean(name): values for name, values in result.components.items()},
-        details=[text and clean(text) for text in result.details],
-    )

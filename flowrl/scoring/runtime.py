@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from flowrl.config.rewards import Shape, declared, read_shaping, scope_of
+from flowrl.config.rewards import Shape, declared, read_shaping, reads_latents, scope_of
 from flowrl.config.rewards import labels as labels
 from flowrl.config.schema import Failures, RewardEntry
 from flowrl.errors import UserError
@@ -99,7 +99,7 @@ def join(parts: Sequence[Scored]) -> Scored:
 
 @dataclass(frozen=True)
 class _Member:
-    """One reward of a run. weight: 0 where it is not trained on."""
+    """One reward of a run. weight: 0 where it is not trained on; latents: it reads those of a batch."""
 
     label: str
     entry: RewardEntry
@@ -107,6 +107,7 @@ class _Member:
     shapes: Sequence[Shape]
     scope: str
     media: frozenset[str]
+    latents: bool
 
     @property
     def weight(self) -> float:
@@ -189,7 +190,9 @@ class RewardRuntime:
             _check_media(member, batch)
         start = time.perf_counter()
         whole: Future[Scored] = Future()
-        parts = [member.executor.submit(batch) for member in members]
+        # Pictures that were met before are known to the cache; latents never come twice.
+        plain = batch if batch.latents is None else replace(batch, latents=None)
+        parts = [member.executor.submit(batch if member.latents else plain) for member in members]
         left, lock = [len(parts)], threading.Lock()
 
         def finish() -> Scored:
@@ -308,10 +311,11 @@ def _member(
     if problems:
         raise UserError(f"rewards: {entry.name}: shaping: " + "; ".join(problems))
     scope = scope_of(entry)
-    remembers = remember and scope == "sample" and declared(entry.name, "deterministic") is True
+    latents = reads_latents(entry)
+    remembers = remember and scope == "sample" and not latents and declared(entry.name, "deterministic") is True
     cache = RewardCache(entry.name, entry.args) if remembers else None
     executor = make_executor(label, entry, settings_of(entry, failures), cache)
-    return _Member(label, entry, executor, shapes, scope, declared(entry.name, "media") or frozenset())
+    return _Member(label, entry, executor, shapes, scope, declared(entry.name, "media") or frozenset(), latents)
 
 
 def settings_of(entry: RewardEntry, failures: Failures) -> ExecutorSettings:

@@ -17,10 +17,9 @@ from typing import IO, Any
 from flowrl import __version__
 from flowrl.config.schema import RewardEntry
 from flowrl.errors import UserError
-from flowrl.protocols import Reward
 from flowrl.scoring import wire
 from flowrl.scoring.adapt import load_reward
-from flowrl.scoring.executors.contract import CallFailed, score_checked
+from flowrl.scoring.executors.contract import CallFailed, Residence
 
 _Frame = tuple[dict[str, Any], bytes]
 
@@ -38,14 +37,15 @@ def main(argv: Sequence[str]) -> int:
     load, _ = frames.get()
     label = str(load["label"])
     try:
-        reward = load_reward(RewardEntry(name=argv[0], args=load["args"], opponents=load["opponents"]))
-    except UserError as error:
+        made = load_reward(RewardEntry(name=argv[0], args=load["args"], opponents=load["opponents"]))
+        reward = Residence(label, made, load.get("offload") is True)
+    except (UserError, CallFailed) as error:
         wire.write_frame(outbox, {"type": "failed", "error": str(error)})
         return 1
     wire.write_frame(outbox, {"type": "ready"})
     while True:
         header, body = frames.get()
-        wire.write_frame(outbox, _answer(label, reward, header, body))
+        wire.write_frame(outbox, _answer(reward, header, body))
 
 
 def _own_streams() -> tuple[IO[bytes], IO[bytes]]:
@@ -70,11 +70,11 @@ def _read(inbox: IO[bytes], frames: SimpleQueue[_Frame]) -> None:
     os._exit(0)
 
 
-def _answer(label: str, reward: Reward, header: dict[str, Any], body: bytes) -> dict[str, Any]:
+def _answer(reward: Residence, header: dict[str, Any], body: bytes) -> dict[str, Any]:
     number = header.get("id")
     try:
         batch = wire.unpack(header["batch"], body, wire.LOCAL_LIMITS)
-        result = wire.pack_result(score_checked(label, reward, batch))
+        result = wire.pack_result(reward.score(batch, header.get("last") is not False))
         wire.dumps(result)
     except (CallFailed, wire.WireError) as error:
         fatal = isinstance(error, CallFailed) and error.fatal

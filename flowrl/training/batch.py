@@ -6,16 +6,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flowrl.records import Trajectory
-from flowrl.rollout.policy import Prompted
+from flowrl.records import Prompted, Trajectory
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Which iteration this is: the key of its noise, and the weights that draw."""
+
+    seed: int
+    iteration: int
+    policy_version: int
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One rollout ready to be trained on. K transitions of each of B samples are trained.
+    """One rollout ready to be trained on. K transitions of each of B samples are trained; K is 1 without transitions.
 
     row: int64 [B], the row of ``prompted`` that belongs to each sample; advantage, weight: float32 [B, K]; element:
-    bool [B, K], what is trained; minibatch: int64 [B], the update a sample belongs to.
+    bool [B, K], what is trained; minibatch: int64 [B], the update a sample belongs to. score: float64 [B], NaN where it
+    is not valid; first_chunk: int64 [N], the samples of the rollout's first network call; visit: the key of its noise.
+    process_advantage: float32 [B, K], a second stream of credit (euphonium).
     """
 
     trajectory: Trajectory
@@ -25,6 +35,10 @@ class TrainingBatch:
     weight: Tensor
     element: Tensor
     minibatch: Tensor
+    score: Tensor | None = None
+    first_chunk: Tensor | None = None
+    visit: Visit | None = None
+    process_advantage: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:

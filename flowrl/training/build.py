@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import torch
 from flowrl import registry, rng
 from flowrl.config.rewards import judging
 from flowrl.config.schema import Config
+from flowrl.data.conditions import in_turn, multiply_out
 from flowrl.data.prompts import read_prompts
 from flowrl.data.sampler import weights_by_tag
 from flowrl.distributed.backend import Backend
+from flowrl.evaluation.features import FeatureNetwork, load_features
 from flowrl.protocols import PipelineAdapter
 from flowrl.records import PromptRow
+from flowrl.rollout.conditions import Conditioned
 from flowrl.scoring.runtime import RewardRuntime
 from flowrl.training.trainer import Trainer
 from flowrl.training.update import Reference
@@ -26,12 +29,13 @@ from flowrl.worlds.prompts import evaluation_rows, tag_weights, world_rows
 
 @dataclass(frozen=True)
 class Parts:
-    """A trainer and what evaluation needs beside it."""
+    """A trainer and what evaluation needs beside it. features: by name, in the first process alone."""
 
     trainer: Trainer
     evaluation_rewards: RewardRuntime
     evaluation_prompts: Sequence[PromptRow]
     reference: Reference
+    features: Mapping[str, FeatureNetwork] = field(default_factory=dict)
 
 
 def training_prompts(config: Config) -> tuple[list[PromptRow], list[float] | None]:
@@ -61,18 +65,26 @@ def evaluation_rewards(config: Config, training: RewardRuntime) -> RewardRuntime
 def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
     """Load the model and make its trained part ready: LoRA beside frozen weights, or all weights in float32."""
     model = config.model
-    half = model.dtype == "bf16"
-    family: Any = registry.resolve("pipeline", model.adapter)
-    adapter = family.load(model.path, torch.bfloat16 if half and model.train == "lora" else torch.float32, device)
+    adapter = bare_adapter(config, device)
     if model.train == "lora":
         adapter.add_lora(
             model.lora.rank, model.lora.alpha, model.lora.targets, rng.key(config.seed, 0, stream="initial")
         )
     else:
         adapter.trainable().requires_grad_(True)
-        if half:
+        if model.dtype == "bf16":
             adapter.autocast_dtype = torch.bfloat16
+    if config.condition.attributes:
+        return Conditioned(adapter, config.condition.attributes, config.condition.tensor)
     return adapter  # type: ignore[no-any-return]
+
+
+def bare_adapter(config: Config, device: torch.device) -> Any:
+    """Load the model as it is; full fine-tuning keeps its weights in float32 whatever model.dtype says."""
+    model = config.model
+    family: Any = registry.resolve("pipeline", model.adapter)
+    half = model.dtype == "bf16" and model.train == "lora"
+    return family.load(model.path, torch.bfloat16 if half else torch.float32, device)
 
 
 def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Trainer) -> Parts:
@@ -82,8 +94,12 @@ def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Train
     """
     rows, row_weights = training_prompts(config)
     held_out = held_out_prompts(config)
+    if config.condition.attributes:
+        rows, row_weights = multiply_out(rows, row_weights, config.condition.attributes)
+        held_out = in_turn(held_out, config.condition.attributes)
     rewards = RewardRuntime(config.rewards, config.failures)
     judged_by = evaluation_rewards(config, rewards)
+    networks = load_features(config.evaluation.features) if backend.leads else {}
     if config.threads:
         torch.set_num_threads(config.threads)
     adapter = load_adapter(config, backend.device)
@@ -94,4 +110,4 @@ def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Train
     trainer = trainer_class(
         config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend
     )
-    return Parts(trainer, judged_by, held_out, reference)
+    return Parts(trainer, judged_by, held_out, reference, networks)

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowrl.config.schema import Config
+from flowrl.credit.process import ProcessSet
 from flowrl.credit.values import spread_values
+from flowrl.data.pictures import references
 from flowrl.data.sampler import Drawn
 from flowrl.distributed.backend import Backend
 from flowrl.dynamics.windows import WindowRule, group_windows
 from flowrl.performance.timers import Stopwatch
 from flowrl.protocols import PipelineAdapter
-from flowrl.records import PromptRow, Request, RewardBatch, Trajectory
-from flowrl.rollout.policy import Policy, Prompted
+from flowrl.records import Prompted, PromptRow, Request, RewardBatch, Trajectory
+from flowrl.rollout.guided import Guide, check_guide
+from flowrl.rollout.policy import Policy
+from flowrl.rollout.requests import request_of
 from flowrl.rollout.sampling import Groups, RolloutPlan, concatenate, first_of_each, rollout
 from flowrl.scoring.runtime import RewardRuntime, Scored, join
 from flowrl.training import metrics
-from flowrl.training.states import estimates, valued_states
+from flowrl.training.batch import Visit
+from flowrl.training.critics import CreditCritic
+from flowrl.training.process import credited_values, process_metrics
+from flowrl.training.states import estimates, state_at, valued_states
 
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class StateValues:
-    """Rewards of intermediate states, NaN where there is none. start: float64 [B]; step: float64 [B, K]."""
+    """Values of intermediate states, NaN where there is none. start: float64 [B]; step: float64 [B, K].
+
+    post: float64 [B, K], of each transition's mean, where a critic gives it; open: whether credit may rest on them.
+    """
 
     start: Tensor
     step: Tensor
+    post: Tensor | None = None
+    open: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,15 +57,7 @@ class Collected:
     scored: Scored
     first_chunk: Tensor
     values: StateValues | None = None
-
-
-@dataclass(frozen=True)
-class Visit:
-    """Which iteration this is: the key of its noise, and the weights that draw."""
-
-    seed: int
-    iteration: int
-    policy_version: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Waiting:
@@ -78,16 +83,12 @@ class _Waiting:
         return first, latents[:count], ids[:count]
 
 
-def request_of(config: Config, row: PromptRow) -> Request:
-    """What a prompt asks of this run's model."""
-    model = config.model
-    return Request(row.prompt, row.prompt_id, model.height, model.width, metadata=row.metadata)
-
-
 class Collector:
     """Draws trajectories for given groups and scores what they end in, and what they pass through where asked.
 
-    keep: further records of each transition that the update needs (see RolloutPlan).
+    keep: further records of each transition that the update needs (see RolloutPlan). transitions: whether the rollout
+    has stochastic steps and keeps them; else every step is deterministic and a trajectory is its x0. arrange: what a
+    learner changes of every plan.
     """
 
     def __init__(
@@ -99,10 +100,19 @@ class Collector:
         backend: Backend,
         clock: Stopwatch,
         keep: frozenset[str],
+        *,
+        transitions: bool = True,
+        arrange: Callable[[RolloutPlan], RolloutPlan] | None = None,
     ) -> None:
         self.config, self.policy, self.rewards, self.rows = config, policy, rewards, rows
         self.backend, self.clock = backend, clock
+        self.transitions, self.arrange = transitions, arrange
+        self.guide: Guide | None = None
         self.keep = keep | ({"x0_hat"} if config.credit.values == "x0" else frozenset())
+        if config.credit.values == "critic" and config.advantage.name == "pdppo":
+            self.keep = self.keep | {"value"}  # the mean of a transition comes from it
+        self.process: ProcessSet | None = None
+        self.critics: CreditCritic | None = None
 
     @property
     def adapter(self) -> PipelineAdapter:
@@ -127,7 +137,7 @@ class Collector:
         pending: list[Future[Scored]] = []
         self.rewards.begin_iteration()
         waiting = _Waiting(groups.sizes if self.rewards.needs_groups else None)
-        made = rollout(self.policy, groups, self._plan(groups, visit))
+        made = rollout(self.policy, groups, self.plan(groups, visit))
         while True:
             with self.clock.phase("rollout"):
                 part = next(made, None)
@@ -143,28 +153,40 @@ class Collector:
         finite = metrics.finite_rows(trajectory.x0).numpy()
         self.rewards.check_failures(self.backend.gather(torch.from_numpy(scored.sound & finite)).numpy())
         scored = replace(scored, valid=scored.valid & finite)
+        if self.guide is not None and trajectory.sound is not None:
+            check_guide(self.guide, self.backend.gather(trajectory.sound), self.config.failures.max_invalid_fraction)
+            scored = replace(scored, valid=scored.valid & trajectory.sound.numpy())
+        facts: dict[str, Any] = {}
         values = (
-            self._values(trajectory, prompted, row, requests, scored) if self.config.credit.values != "none" else None
+            self._values(trajectory, prompted, row, requests, scored, facts)
+            if self.config.credit.values != "none"
+            else None
         )
-        return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])), values)
+        return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])), values, facts)
 
-    def _plan(self, groups: Groups, visit: Visit) -> RolloutPlan:
+    def plan(self, groups: Groups, visit: Visit) -> RolloutPlan:
+        """What the rollout of ``groups`` follows at this iteration."""
         config, rollout_ = self.config, self.config.rollout
-        stochastic, trained = group_windows(
-            WindowRule(**vars(rollout_.window)), rollout_.steps, visit.iteration, visit.seed,
-            groups.prompt_id, groups.occurrence,
-        )  # fmt: skip
-        return RolloutPlan(
-            shape=self.adapter.latent_shape(request_of(self.config, self.rows[0])), steps=(), shared=rollout_.share_prefix,
-            chunk=config.batch.micro_batch, storage_dtype=STORAGE[rollout_.storage_dtype],
+        stochastic = trained = torch.zeros(len(groups.group_id), rollout_.steps, dtype=torch.bool)
+        if self.transitions:
+            stochastic, trained = group_windows(
+                WindowRule(**vars(rollout_.window)), rollout_.steps, visit.iteration, visit.seed,
+                groups.prompt_id, groups.occurrence,
+            )  # fmt: skip
+        plan = RolloutPlan(
+            shape=self.adapter.latent_shape(request_of(self.config, self.rows[0])), steps=(),
+            shared=rollout_.share_prefix and self.transitions, chunk=config.batch.micro_batch,
+            storage_dtype=STORAGE[rollout_.storage_dtype],
             reduction=config.objective.log_prob_reduction, seed=visit.seed, iteration=visit.iteration,
             policy_version=visit.policy_version, stochastic=stochastic, trained=trained, seeds=rollout_.seeds,
             splits=dict.fromkeys(rollout_.splits, rollout_.children), keep=self.keep, solver=rollout_.solver,
+            guide=self.guide,
         )  # fmt: skip
+        return plan if self.arrange is None else self.arrange(plan)
 
     def _submit(self, x0: Tensor, group_id: Tensor, requests: Sequence[Request]) -> Future[Scored]:
         with self.clock.phase("decode"):
-            decoded = [self._pixels(part, requests[0]) for part in torch.split(x0, self.config.batch.micro_batch)]
+            decoded = [self.pixels(part, requests[0]) for part in torch.split(x0, self.config.batch.micro_batch)]
             pixels = torch.cat(decoded).numpy()
         with self.clock.phase("reward"):
             return self.rewards.submit(
@@ -174,10 +196,11 @@ class Collector:
                     metadata=[r.metadata for r in requests],
                     group_ids=group_id.tolist(),
                     latents=x0,
+                    reference=references(requests),
                 )
             )
 
-    def _pixels(self, x0: Tensor, request: Request) -> Tensor:
+    def pixels(self, x0: Tensor, request: Request) -> Tensor:
         """uint8 [B, H, W, 3], or [B, F, H, W, 3] where the adapter decodes to [B, 3, F, H, W]; on CPU."""
         # A latent that is not finite shows as black; its sample is masked by finite_rows.
         images = self.adapter.decode(x0, request).nan_to_num(0.0)
@@ -188,19 +211,57 @@ class Collector:
             return join([p.result() for p in pending])
 
     def _values(
-        self, trajectory: Trajectory, prompted: Prompted, row: Tensor, requests: Sequence[Request], scored: Scored
+        self,
+        trajectory: Trajectory,
+        prompted: Prompted,
+        row: Tensor,
+        requests: Sequence[Request],
+        scored: Scored,
+        facts: dict[str, Any],
     ) -> StateValues:
-        """Score an estimate of the finished picture at the states that the config asks for, each distinct state once."""
+        """Value the states that the config asks for, each distinct state once; what was seen on the way goes to ``facts``."""
         where, with_start = valued_states(trajectory, self.config)
+        outcome = torch.where(torch.from_numpy(scored.valid), torch.from_numpy(scored.scores).double(), torch.nan)
+        if self.critics is not None:
+            made = self.critics.values(trajectory, prompted, row)
+            return StateValues(made.start, torch.cat([made.step, outcome[:, None]], 1), made.post, made.open)
+        if self.process is not None and self.config.credit.values == "process":
+            self.process.begin_iteration()
         columns = []
         for slot in range(len(where.states)):
             if slot == 0 and not with_start:
                 columns.append(torch.full((len(trajectory),), torch.nan, dtype=torch.float64))
                 continue
-            columns.append(self._values_at(slot, where.after, trajectory, prompted, row, requests))
-        outcome = torch.where(torch.from_numpy(scored.valid), torch.from_numpy(scored.scores).double(), torch.nan)
+            if self.process is not None and self.config.credit.values == "process":
+                columns.append(self._process_at(self.process, slot, where.after, trajectory, prompted, row, outcome, facts))
+            else:
+                columns.append(self._values_at(slot, where.after, trajectory, prompted, row, requests))
+        if self.process is not None and self.config.credit.values == "process":
+            facts |= process_metrics(self.process, self.backend)
         start, step = spread_values(torch.stack(columns, 1), outcome, where, "linear" if with_start else "hold")
         return StateValues(start, step)
+
+    def _process_at(
+        self, process: ProcessSet, slot: int, after: Sequence[int], trajectory: Trajectory, prompted: Prompted, row: Tensor,
+        outcome: Tensor, facts: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """What the process rewards say of one state of every sample: float64 [B], NaN where one of them failed."""
+        if trajectory.node is None or trajectory.state is None:
+            raise ValueError("values: this trajectory does not say which samples share a state")
+        x, step = state_at(trajectory, torch.arange(len(trajectory)), slot, after)
+        ids = trajectory.state[:, 0] if slot == 0 else trajectory.node[:, after[slot - 1]]
+        found = torch.full((len(trajectory),), torch.nan, dtype=torch.float64)
+        with self.clock.phase("process"):
+            for k in sorted(set(step.tolist())):  # groups with windows of their own are at different steps
+                here = (step == k).nonzero().flatten()
+                first, place = first_of_each(ids[here])
+                rows = here[first]
+                t = self.policy.schedule.t[k].expand(len(rows))
+                found[here] = credited_values(
+                    process, x[rows].float(), t, prompted[row[rows]], place, outcome[here], trajectory.group_id[here],
+                    facts, self.config.batch.micro_batch,
+                )  # fmt: skip
+        return found
 
     def _values_at(
         self,

@@ -52,6 +52,9 @@ def _of_values(config: Config, values: StateValues, mask: Tensor, backend: Backe
         "value": torch.cat([start[:, None], step[:, :-1]], 1),
         "segment_value": torch.cat([start[:, None], step], 1),
     }
+    if values.post is not None:
+        found["value_post"] = torch.where(mask, backend.gather(values.post), 0.0)
+    found["probe"] = found["value"][:, -1]  # of the latest state that is not yet decided
     return found | ({"start_value": start} if reads_start(config) else {})
 
 
@@ -65,7 +68,7 @@ def assign(
     """
     a, trajectory, scored = config.advantage, collected.trajectory, collected.scored
     group, valid = gathered.group, gathered.valid
-    steps = int(trajectory.trained_mask[0].sum())
+    steps = max(1, int(trajectory.trained_mask[0].sum()))  # without transitions a whole sample counts as one
     mask = valid[:, None].expand(-1, steps)
     inputs: dict[str, Any] = {
         "rewards": gathered.scores,
@@ -91,6 +94,11 @@ def assign(
         last[:, -1] = torch.where(valid, gathered.scores, 0.0)
         inputs["step_reward"] = last
     wanted = inputs_of(ESTIMATORS[a.name])
+    if collected.values is not None and not collected.values.open:  # a critic that may not be used yet
+        outcome = {"rewards": gathered.scores, "group": group, "valid": valid}
+        return estimate("grpo", outcome, {}, whiten=a.whiten, clip=a.clip).over_steps(mask)
+    if wanted.get("truncated", False):
+        inputs["truncated"] = torch.zeros_like(valid)  # every row runs to its end
     if trajectory.state is not None and trajectory.node is not None:
         inputs["anchor"] = backend.gather(trajectory.state)
         inputs["node_path"] = backend.gather(torch.cat([trajectory.parent[:, None], trajectory.node], 1))
@@ -103,6 +111,7 @@ def assign(
             inputs["mask"] = mask = mask & valid[:, None]
             for name in {"value", "segment_value", "stage_reward", "step_reward"} & set(inputs):
                 inputs[name] = torch.where(valid[:, None], inputs[name], 0.0)
+            inputs["probe"] = torch.where(valid, inputs["probe"], 0.0)
     options = dict(a.options)
     if "steps" in options_of(ESTIMATORS[a.name]):
         options.setdefault("steps", config.rollout.steps)  # the length of the schedule, for estimators that ask

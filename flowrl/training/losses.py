@@ -23,7 +23,7 @@ from flowrl.records import LogProbReduction, Trajectory
 from flowrl.rollout.policy import Policy, Step
 from flowrl.training.batch import TrainingBatch
 
-_RANGE = {"ppo": "low", "pcpo": "margin", "dpok": "bound"}
+CLIP_OPTION = {"ppo": "low", "pcpo": "margin", "dpok": "bound"}
 """The option of a loss that ``objective.clip_range`` is."""
 
 
@@ -39,6 +39,10 @@ class Chosen:
     form: Form
     surrogate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], PolicyLoss]
     joint: bool
+
+    def surrogate_of_step(self, now: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> PolicyLoss:
+        """The surrogate of a loss that looks at one transition at a time and needs no divergence."""
+        return self.surrogate(now, old, advantage, mask, None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def form_of(objective: Objective) -> Form:
 def choose(objective: Objective) -> Chosen:
     """Bind a named objective to its options; clip_range is the bound of ppo, the margin of pcpo, the cut of dpok."""
     form = form_of(objective)
-    own = _RANGE.get(form.loss)
+    own = CLIP_OPTION.get(form.loss)
     options = ({own: objective.clip_range} if own else {}) | dict(form.loss_options) | dict(objective.loss_options)
 
     def surrogate(

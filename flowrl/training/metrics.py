@@ -22,6 +22,10 @@ from flowrl.scoring.combine import variance_parts
 from flowrl.scoring.picture_statistics import measure
 from flowrl.scoring.runtime import Scored
 from flowrl.scoring.shaping import Values
+from flowrl.training.batch import TrainingBatch
+
+MAX_ERROR = 300
+"""Letters of a reward's first error that a row of metrics keeps."""
 
 
 def finite_rows(x: Tensor) -> Tensor:
@@ -42,6 +46,9 @@ def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str,
         mask = torch.from_numpy(result.valid)
         row[f"reward/{name}/mean"] = _mean(torch.from_numpy(result.scores), mask, backend)
         row[f"reward/{name}/invalid"] = int(backend.total((~mask).sum()))
+        error = next((text for text in result.errors if text), None)
+        if error:
+            row[f"reward/{name}/error"] = error[:MAX_ERROR]
         for part, values in result.components.items():
             have = mask & torch.from_numpy(np.isfinite(values))
             row[f"reward/{name}/{part}"] = _mean(torch.from_numpy(values), have, backend)
@@ -50,6 +57,7 @@ def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str,
     if scored.gated is not None:
         row["score/gated"] = int(backend.total(torch.from_numpy(scored.gated).sum()))
     row["score/invalid"] = int(backend.total((~valid).sum()))
+    row["score/invalid_fraction"] = row["score/invalid"] / int(backend.total(torch.tensor(len(valid))))
     trained = credit.loss_mask.any(dim=1)
     row["group/live_fraction"] = float(credit.live[trained].float().mean()) if bool(trained.any()) else 0.0
     if credit.group_std is not None:
@@ -73,11 +81,24 @@ def of_shares(scored: Scored, group_id: Tensor, backend: Backend) -> dict[str, A
     return {f"reward/{name}/variance_share": share for name, share in shares.items()}
 
 
+def of_credit(batch: TrainingBatch, backend: Backend) -> dict[str, Any]:
+    """``advantage/abs_mean/step_<k>``: mean size of the advantages of all processes' trained transitions at each step."""
+    trajectory = batch.trajectory
+    if trajectory.step is None or trajectory.x is None:
+        return {}
+    steps, element = trajectory.step.cpu(), batch.element.cpu()
+    sums = torch.zeros(2, trajectory.schedule.steps, dtype=torch.float64)
+    sums[0].index_add_(0, steps[element], batch.advantage.cpu()[element].abs().double())
+    sums[1].index_add_(0, steps[element], torch.ones(int(element.sum()), dtype=torch.float64))
+    total, count = backend.total(sums).tolist()
+    return {f"advantage/abs_mean/step_{k}": total[k] / n for k, n in enumerate(count) if n}
+
+
 def of_update(
     seen: Sequence[tuple[int, LossTerms]], norms: Sequence[float], lr: float, updates: int, backend: Backend
 ) -> dict[str, Any]:
     """Loss, ratio, clipping and KL over all updates and processes; ratio and clipping by step are this process's own."""
-    names = ("ratio_mean", "clip_fraction", "approx_kl")
+    names = ("ratio_mean", "clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl")
     sums = torch.zeros(3 + len(names), dtype=torch.float64)
     if seen:
         whole = merge_terms([terms for _, terms in seen])

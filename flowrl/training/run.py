@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 
-from flowrl import __version__
+from flowrl import __version__, doctor
 from flowrl.checkpoint import store
 from flowrl.checkpoint.signals import StopSignals
 from flowrl.config.render import config_hash, to_mapping, to_yaml
 from flowrl.config.schema import Config
 from flowrl.errors import UserError
-from flowrl.evaluation.grids import save_grids
 from flowrl.evaluation.paired import Evaluated, evaluate
 from flowrl.evaluation.report import write_report
-from flowrl.evaluation.statistics import bootstrap_mean, summarise
+from flowrl.evaluation.results import write_results
+from flowrl.evaluation.statistics import bootstrap_mean
 from flowrl.scoring import alarm
-from flowrl.tracking import open_trackers
+from flowrl.tracking import Trackers, open_trackers
 from flowrl.tracking.jsonl import JsonLines, cut_after
 from flowrl.tracking.progress import Progress
 from flowrl.training import metrics
 from flowrl.training.build import Parts
+from flowrl.training.pictures import PictureBook
 
 Callback = Callable[[int, Mapping[str, Any]], None]
 MAX_FAILED_SAVES = 3
@@ -46,6 +47,10 @@ class Run:
         self.rolled_back = False
         self.watch = alarm.Watch(config.alarm, bootstrap_mean)
         self.improved = False
+        self.tracker_ids: dict[str, str] = {}
+        self.book: PictureBook | None = None
+        if self.leads and config.tracking.pictures.enabled:
+            self.book = PictureBook(self.trainer, parts.reference, folder / "pictures", write)
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
@@ -62,26 +67,34 @@ class Run:
         self.trainer.load_state(loaded.state)
         if "alarm" in loaded.state:  # not in those written before there was one
             self.watch.load(loaded.state["alarm"])
+        self.tracker_ids = dict(loaded.state.get("trackers", {}))
         self.cut(self.trainer.iteration)
 
     def cut(self, iteration: int) -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_after(self.folder / name, iteration)
+        if self.book is not None:
+            self.book.cut(iteration)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def go(self) -> int:
         """Train to the end, evaluate, report. Returns 0, or the exit code of a stop signal (143, 130)."""
         config, trainer = self.config, self.trainer
-        trackers = open_trackers(self.folder, config.tracking.tensorboard and self.leads, start=trainer.iteration + 1)
         shown = config.tracking.progress and self.leads
+        trainer.observer = self.book
+        self.write_environment()
         with (
             StopSignals() as stop,
             JsonLines(self.folder / "metrics.jsonl") if self.leads else _Discard() as log,
             Progress(config.iterations, write=self.write, start=trainer.iteration, enabled=shown) as progress,
+            self.open_trackers() as trackers,
         ):
+            self.tracker_ids |= trackers.run_ids
             if trainer.iteration == 0 and config.evaluation.every:
-                log.write({"iteration": 0, **self.quick_evaluation(progress)})
+                base = {"iteration": 0, **self.quick_evaluation(progress)}
+                log.write(base)
+                trackers.scalars(base, 0)
             while trainer.iteration < config.iterations:
                 progress.phase("training")
                 self.improved = False
@@ -92,8 +105,7 @@ class Run:
                 if config.evaluation.every and trainer.iteration % config.evaluation.every == 0:
                     row |= self.quick_evaluation(progress)
                 log.write(row)
-                for tracker in trackers:
-                    tracker.scalars(row, trainer.iteration)
+                trackers.scalars(row, trainer.iteration)
                 for callback in self.callbacks:
                     callback(trainer.iteration, row)
                 progress.advance(row["score/mean"], self.note(row))
@@ -106,11 +118,24 @@ class Run:
                         f"stopped at iteration {trainer.iteration}; go on with: flowrl train --resume {self.folder}"
                     )
                     return 128 + stopping
-            for tracker in trackers:
-                tracker.close()
-            if self.leads:
-                self.finish(progress)
+            self.finish(progress)
             return stop.exit_code
+
+    def open_trackers(self) -> Trackers:
+        """The optional trackers, in the first process alone; a resumed run goes on with the runs it has there."""
+        if not self.leads:
+            return Trackers()
+        return open_trackers(
+            self.folder, self.config.tracking, start=self.trainer.iteration + 1, config=to_mapping(self.config),
+            run_ids=self.tracker_ids,
+        )  # fmt: skip
+
+    def write_environment(self) -> None:
+        """Write environment.json: what the run, or its last part, was made with."""
+        if self.leads:
+            packages = {name: doctor.version(name) or "missing" for name in doctor.CORE}
+            found = {"flowrl": __version__, **machine(), "processes": self.trainer.backend.world, "packages": packages}
+            (self.folder / "environment.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     def due(self, every: int) -> bool:
         return every > 0 and self.trainer.iteration % every == 0
@@ -132,7 +157,8 @@ class Run:
         }
         try:
             store.save(
-                self.folder / "checkpoints", self.trainer.iteration, self.trainer.state() | {"alarm": self.watch.state()},
+                self.folder / "checkpoints", self.trainer.iteration,
+                self.trainer.state() | {"alarm": self.watch.state(), "trackers": self.tracker_ids},
                 info=info, keep=self.config.checkpoint.keep, protected=[at for at, _ in self.watch.best.values()],
             )  # fmt: skip
             self.failed_saves = 0
@@ -160,14 +186,17 @@ class Run:
 
     def evaluate(self, which: str, prompts: Sequence[Any]) -> Evaluated:
         return evaluate(
-            self.config, self.trainer.adapter, self.parts.evaluation_rewards, prompts, which, self.trainer.iteration
-        )
+            self.config, self.trainer.adapter, self.parts.evaluation_rewards, prompts, which, self.trainer.iteration,
+            self.trainer.backend,
+        )  # fmt: skip
 
     def quick_evaluation(self, progress: Progress) -> dict[str, Any]:
         """Means with intervals over the first ``evaluation.quick`` prompts, with the averaged weights."""
         progress.phase("evaluation")
         with self.trainer.weights.averaged():
             evaluated = self.evaluate("checkpoint", self.parts.evaluation_prompts[: self.config.evaluation.quick])
+        if self.book is not None:
+            self.book.keep(evaluated, self.trainer.iteration)
         gold = self.parts.evaluation_rewards.gold
         seen = metrics.judged(evaluated, gold)
         best = dict(self.watch.best)
@@ -187,38 +216,29 @@ class Run:
         (self.folder / "best.json").write_text(json.dumps(best, indent=1, allow_nan=False), encoding="utf-8")
 
     def finish(self, progress: Progress) -> None:
-        """Evaluate base and tuned weights, write samples, grids, evaluation.json, the export and the report."""
-        self.export()
+        """Evaluate base and tuned weights in all processes; the first writes the export, the results and the report."""
+        if self.leads:
+            self.export()
         progress.phase("evaluating the base")
         with self.parts.reference():
             base = self.evaluate("base", self.parts.evaluation_prompts)
         progress.phase("evaluating the tuned model")
         with self.trainer.weights.averaged():
             tuned = self.evaluate("tuned", self.parts.evaluation_prompts)
+        if not self.leads:
+            return
         self.write_evaluation(base, tuned)
+        if self.book is not None:
+            self.book.finish(base, tuned)
         progress.phase("report")
         write_report([self.folder])
 
     def write_evaluation(self, base: Evaluated, tuned: Evaluated) -> None:
-        """samples.jsonl, grids/*.png and evaluation.json from two evaluations of the same prompts and noise."""
-        samples = self.folder / "samples.jsonl"
-        samples.unlink(missing_ok=True)
-        with JsonLines(samples) as log:
-            for row in (*base.rows, *tuned.rows):
-                log.write(row)
-        main = [[r["score"] for r in side.rows] for side in (base, tuned)]
-        save_grids(
-            self.folder / "grids", base.images, tuned.images, [r["prompt"] for r in base.rows], *main,
-            limit=self.config.evaluation.grid,
-        )  # fmt: skip
-        evaluation = {
-            "command": self.command, "version": __version__, "seed": self.config.seed,
-            "iteration": self.trainer.iteration, "machine": machine(),
-            "settings": to_mapping(self.config)["evaluation"], "alarm": self.watch.fired, **summarise([*base.rows, *tuned.rows]),
+        """samples.jsonl, features, grids/*.png and evaluation.json from two evaluations of the same prompts and noise."""
+        facts = {
+            "command": self.command, "iteration": self.trainer.iteration, "machine": machine(), "alarm": self.watch.fired,
         }  # fmt: skip
-        (self.folder / "evaluation.json").write_text(
-            json.dumps(evaluation, indent=1, allow_nan=False), encoding="utf-8"
-        )
+        write_results(self.folder, self.config, self.parts.features, facts, base, tuned)
 
     def export(self) -> None:
         """Write the averaged weights to export/, as diffusers loads them."""

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowrl.config.schema import Config
 from flowrl.data.sampler import draw_groups
 from flowrl.distributed.backend import Backend
 from flowrl.dynamics.kernels import check_kernel
-from flowrl.objectives.flow_grpo import LossTerms
 from flowrl.performance.counting import CallCounter
 from flowrl.performance.timers import Stopwatch
 from flowrl.protocols import PipelineAdapter
 from flowrl.records import PromptRow, Schedule
 from flowrl.rollout.policy import Policy
+from flowrl.rollout.requests import request_of
 from flowrl.scoring.runtime import RewardRuntime
-from flowrl.training import losses, metrics
-from flowrl.training.batch import TrainingBatch
+from flowrl.training import learners, metrics
+from flowrl.training.batch import TrainingBatch, Visit
 from flowrl.training.budget import Budget
-from flowrl.training.collection import Collected, Collector, Visit, request_of
+from flowrl.training.collection import Collected, Collector
 from flowrl.training.credit import assign, gather, takes_channels
-from flowrl.training.guards import SkippedUpdates, self_check
-from flowrl.training.update import Reference, accumulate, chunks, reference_values
+from flowrl.training.critics import build_critics
+from flowrl.training.guards import SkippedUpdates
+from flowrl.training.guidance import guide_of, of_guide, process_advantage
+from flowrl.training.learners import Bench, Draw, Reference
+from flowrl.training.process import build_process
 from flowrl.training.weights import Weights
+
+Observer = Callable[[Collected, TrainingBatch], dict[str, Any]]
+"""Looks at a rollout with its credit before the update, on each process; what it returns joins the metrics."""
 
 
 class Trainer:
-    """Flow-GRPO on any adapter. ``iterate`` does one iteration and returns its metrics; the rest is state.
+    """Any objective on any adapter. ``iterate`` does one iteration and returns its metrics; the rest is state.
+
+    How weights change is the learner's part (``flowrl.training.learners``), chosen by ``objective.name``.
 
     rows: the prompts; row_weights: how likely each is drawn (None: one pass after another). reference: a context manager
     within which the network is the reference policy.
@@ -63,15 +70,26 @@ class Trainer:
         check_kernel(kernel.name, kernel.noise, schedule)
         on_device = Schedule(*(v.to(adapter.device) for v in (schedule.t, schedule.alpha, schedule.sigma)))
         self.policy = Policy(
-            adapter, on_device, kernel.name, kernel.noise, config.rollout.guidance, config.rollout.cfg_gradient
-        )
+            adapter, on_device, kernel.name, kernel.noise, config.rollout.guidance, config.rollout.cfg_gradient,
+            config.rollout.guidance_low,
+        )  # fmt: skip
         self.counter, self.clock = CallCounter(adapter.trainable()), Stopwatch()
         self.budget = Budget(config.batch, len(rows))
-        self.objective = losses.choose(config.objective)
+        self.learner = learners.build(
+            Bench(
+                config, self.policy, rewards, rows, self.weights, self.optimizer, reference, self.backend, self.clock,
+                self.counter, lambda: self._step(),
+            )
+        )  # fmt: skip
         self.collector = Collector(
-            config, self.policy, rewards, rows, self.backend, self.clock, losses.records_needed(self.objective)
-        )
-        self._checked = False
+            config, self.policy, rewards, rows, self.backend, self.clock, self.learner.records_needed(),
+            transitions=self.learner.needs_transitions, arrange=self.learner.arrange,
+        )  # fmt: skip
+        self.process = build_process(config, self.policy, rewards, self.collector.pixels, reference)
+        self.critics = build_critics(config, self.policy, rows, self.backend)
+        self.collector.process, self.collector.critics = self.process, self.critics
+        self.collector.guide = guide_of(config, self.process)
+        self.observer: Observer | None = None
 
     @property
     def seed(self) -> int:
@@ -84,29 +102,48 @@ class Trainer:
         """Do one iteration; returns the metrics row (design section 4)."""
         self.clock.reset()
         self.counter.reset()
-        collected = self._collect()
         row: dict[str, Any] = {"iteration": self.iteration + 1}
-        with self.clock.phase("advantage"):
-            batch, credit = self._credit(collected)
-            row |= metrics.of_rewards(collected.scored, credit, self.backend)
-            row |= metrics.of_shares(collected.scored, collected.trajectory.group_id, self.backend)
-        if not self._checked:
-            self._self_check(batch, collected.first_chunk)
-        row |= self._train(batch)
+        row |= self._from_rollout() if self.learner.needs_rollout else self.learner.learn_from(self._draw())
         self.iteration += 1
         row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory()
         row |= {"update/skipped": self.skipped.total, "update/count": self.updates}
         return row
 
-    def _collect(self) -> Collected:
-        """Decide for all processes what is drawn, then draw this one's part."""
+    def _from_rollout(self) -> dict[str, Any]:
+        """Roll out, score, assign credit, learn."""
+        row: dict[str, Any] = {}
+        collected = self._collect()
+        with self.clock.phase("advantage"):
+            batch, credit = self._credit(collected)
+            row |= metrics.of_rewards(collected.scored, credit, self.backend)
+            row |= metrics.of_shares(collected.scored, collected.trajectory.group_id, self.backend)
+            row |= of_guide(collected.trajectory, self.backend)
+            row |= metrics.of_credit(batch, self.backend)
+        if self.observer is not None:
+            row |= self._observe(collected, batch, self.observer)
+        row |= collected.facts
+        row |= self._train(batch)
+        if self.critics is not None and batch.score is not None and batch.visit is not None:
+            with self.clock.phase("critic"):
+                row |= self.critics.learn(
+                    collected.trajectory, collected.prompted, collected.row, batch.score, batch.visit
+                )
+        return row
+
+    def _draw(self) -> Draw:
+        """Decide for all processes what the iteration is about; returns this one's part."""
         config = self.config
         drawn = draw_groups(self.seed, self.iteration, config.batch.groups, len(self.rows), self.row_weights)
         drawn = self.budget.draw(drawn, self.seed, self.iteration)
         sizes = self.budget.sizes(drawn)
         mine = list(self.backend.share(len(drawn)))
-        visit = Visit(self.seed, self.iteration, self.updates)
-        return self.collector.collect([drawn[i] for i in mine], sizes[mine], visit)
+        return Draw([drawn[i] for i in mine], sizes[mine], Visit(self.seed, self.iteration, self.updates))
+
+    def _collect(self) -> Collected:
+        """Draw this process's samples by the learner's policy, and score them."""
+        draw = self._draw()
+        with self.learner.behaviour():
+            return self.collector.collect(draw.groups, draw.sizes, draw.visit)
 
     def _credit(self, collected: Collected) -> tuple[TrainingBatch, Any]:
         """Advantages from all processes' scores, cut back to this process's samples."""
@@ -116,53 +153,30 @@ class Trainer:
         gathered = gather(collected.scored, trajectory, config, self.backend)
         credit = assign(config, collected, gathered, weights, self.backend)
         self.budget.learn(self.backend.gather(trajectory.prompt_id), gathered.scores, gathered.valid)
+        process = process_advantage(config, collected.values, gathered.group, credit, self.backend)
         mine = self.backend.mine(len(trajectory))
         element = credit.loss_mask[mine] & gathered.chosen[mine, None]
-        scale = losses.step_weights(self.objective, self.policy, trajectory, element, self.backend)
+        if collected.values is not None and not collected.values.open and config.critic.closed == "wait":
+            element = torch.zeros_like(element)
         place = trajectory.group_id - trajectory.group_id.min()
         part = place * config.objective.updates // (config.batch.groups // self.backend.world)
+        score = torch.where(gathered.valid, gathered.scores, torch.nan)[mine]
         return TrainingBatch(
-            trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.weight[mine] * scale, element,
-            part,
+            trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.weight[mine], element, part,
+            score, collected.first_chunk, Visit(self.seed, self.iteration, self.updates),
+            None if process is None else process[mine],
         ), credit  # fmt: skip
 
-    def _self_check(self, batch: TrainingBatch, rows: Tensor) -> None:
+    def _observe(self, collected: Collected, batch: TrainingBatch, observer: Observer) -> dict[str, Any]:
+        """Show a rollout to the observer; its network calls are not the training's, its time is."""
         before = replace(self.counter.counts)
-        with self.clock.phase("self_check"):
-            exact = self.adapter.device.type == "cpu" and self.config.model.dtype == "fp32"
-            self_check(self.policy, batch, rows, exact)
+        with self.clock.phase("pictures"), self.learner.behaviour():
+            found = observer(collected, batch)
         self.counter.counts = before
-        self._checked = True
+        return found
 
     def _train(self, batch: TrainingBatch) -> dict[str, Any]:
-        objective, size = self.config.objective, self.config.batch.micro_batch
-        with_kl = objective.kl.form != "none"
-        skip = objective.skip_silent and not with_kl
-        steps = int(batch.trajectory.trained_mask[0].sum())
-        parts = [chunks(batch, m, size, skip) for m in range(objective.updates)]
-        references: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = [{} for _ in parts]
-        if with_kl:
-            if self.reference is None:
-                raise ValueError("objective.kl: this trainer was built without a reference policy")
-            with self.clock.phase("reference"):
-                references = [reference_values(self.policy, batch, p, steps, self.reference) for p in parts]
-        seen: list[tuple[int, LossTerms]] = []
-        norms: list[float] = []
-        for _ in range(objective.passes):
-            for m, rows in enumerate(parts):
-                here = batch.minibatch == m
-                live = batch.element & here[:, None]
-                count = self.backend.total(live.sum())
-                signal = self.backend.total((here & batch.signal).sum())
-                if not int(count) or not (with_kl or int(signal)):
-                    continue  # nothing to learn from: an optimizer step would only spend momentum
-                weight = torch.where(live, batch.weight, 0.0) / int(count)
-                on_policy = not norms  # no step taken yet: the weights are those of the rollout
-                with self.clock.phase("update"):
-                    seen += accumulate(self.policy, self.objective, batch, rows, weight, references[m], on_policy)
-                with self.clock.phase("optimizer"):
-                    norms.append(self._step())
-        return metrics.of_update(seen, norms, self.optimizer.param_groups[0]["lr"], max(1, len(norms)), self.backend)
+        return self.learner.learn(batch)
 
     def _step(self) -> float:
         """Clip, check, step, average; returns the gradient norm. A norm that is not finite changes no weight."""
@@ -184,6 +198,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as nested tensors and numbers."""
+        own = self.learner.state()
         return {
             **self.weights.state(),
             **self.budget.state(),
@@ -192,6 +207,9 @@ class Trainer:
                 "iteration": self.iteration, "updates": self.updates, "restarts": self.restarts,
                 "skipped": self.skipped.state(),
             },
+            **({"learner": own} if own else {}),
+            **({"process": self.process.state()} if self.process is not None else {}),
+            **({"critic": self.critics.state()} if self.critics is not None else {}),
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -201,7 +219,11 @@ class Trainer:
         progress = state["progress"]
         self.iteration, self.updates, self.restarts = (progress[k] for k in ("iteration", "updates", "restarts"))
         self.skipped.load(progress["skipped"])
-        self._checked = False
+        self.learner.load_state(state.get("learner", {}))
+        if self.process is not None:
+            self.process.load(state.get("process", {}))
+        if self.critics is not None:
+            self.critics.load(state.get("critic", {}))
 
 
 def learning_rate(config: Config, update: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,6 +25,31 @@ from flowrl.training import losses
 from flowrl.training.batch import TrainingBatch
 
 Reference = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Transition ``k`` of samples ``rows`` [N] under the present weights. scores: (log_prob, old_log_prob) of its ratio, [N];
+    weight: [N]; reference: (mean, value) of the reference policy where the update has them.
+    """
+
+    step: Step
+    rows: Tensor
+    k: int
+    scores: tuple[Tensor, Tensor]
+    weight: Tensor
+    reference: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Further:
+    """A loss beside the objective's, added up over transitions. signal: bool [B], samples it learns from; reference: it
+    needs the reference policy's outputs.
+    """
+
+    loss: Callable[[Replayed], Tensor]
+    signal: Tensor
+    reference: bool
 
 
 def replay(policy: Policy, batch: TrainingBatch, rows: Tensor, k: int) -> Step:
@@ -87,11 +113,13 @@ def accumulate(
     weight: Tensor,
     references: dict[tuple[int, int], tuple[Tensor, Tensor]],
     on_policy: bool,
+    further: Further | None = None,
 ) -> Iterator[tuple[int, LossTerms]]:
     """Add the gradients of one minibatch to the parameters; yield (step of the schedule, terms) for each call.
 
     weight: float32 [B, K], the credit's weight over the trained elements of the minibatch on all processes, 0 for what
     is not trained. on_policy: the weights are still those of the rollout, so its log-probs are the present ones.
+    further: a loss that is added to the objective's.
     """
     trajectory = batch.trajectory
     if trajectory.old_log_prob is None or trajectory.step is None:
@@ -129,7 +157,10 @@ def accumulate(
                     coefficient, share = joint.of(rows[part], k, now.device)
                     terms = coefficient_terms(new, stored, coefficient, share, penalty, objective.kl.weight, w[part])
                 found.append((step, terms))
-            torch.stack([terms.loss for _, terms in found]).sum().backward()  # type: ignore[no-untyped-call]
+            parts_of_loss = [terms.loss for _, terms in found]
+            if further is not None:
+                parts_of_loss.append(further.loss(Replayed(made, rows, k, scores, w, references.get((number, k)))))
+            torch.stack(parts_of_loss).sum().backward()  # type: ignore[no-untyped-call]
             yield from found
 
 

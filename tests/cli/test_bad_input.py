@@ -174,8 +174,18 @@ CASES = [
     Case(
         "eval_not_a_run",
         ["eval", "sub"],
-        "sub: holds no run (config.yaml is missing); give the run_dir of a run",
+        "sub: nothing to evaluate; give the folder of a run (config.yaml), a checkpoint (manifest.json), an exported LoRA "
+        "(pytorch_lora_weights.safetensors) or a diffusers pipeline (model_index.json)",
         files={"sub/x": "1"},
+    ),
+    Case(
+        "eval_reference",
+        ["eval", "demo", "evaluation.reference=sub"],
+        one_problem(
+            "evaluation.reference: sub holds 1 pictures (.png, .jpg, .jpeg, .webp, .bmp); give at least 2, and some "
+            "thousands for a distance that says something"
+        ),
+        files={"sub/a.png": "1", "sub/b.txt": "1"},
     ),
     Case(
         "eval_missing",

@@ -33,7 +33,7 @@ class Api:
         vars(module).update(
             train=lambda config, command: called("train", config, command),
             resume=lambda folder, overrides: called("resume", folder, overrides),
-            evaluate=lambda source, overrides: called("evaluate", source, overrides).text(),
+            evaluate=lambda source, overrides, config, out: called("evaluate", source, overrides, config, out).text(),
         )
         monkeypatch.setitem(sys.modules, "flowrl.api", module)
         monkeypatch.setattr(flowrl, "api", module, raising=False)
@@ -75,7 +75,12 @@ def test_resume_takes_overrides_on_either_side(api: Api, run_folder: Path, befor
 def test_eval_takes_a_run_or_a_recipe(api: Api, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["eval", str(run_folder), "evaluation.count=8"]) == 0
     assert main(["eval", "tiny_test"]) == 0
-    assert api.calls == [("evaluate", str(run_folder), ["evaluation.count=8"]), ("evaluate", "tiny_test", [])]
+    assert main(["eval", str(run_folder), "--config", "demo", "--out", "there"]) == 0
+    assert api.calls == [
+        ("evaluate", str(run_folder), ["evaluation.count=8"], "", None),
+        ("evaluate", "tiny_test", [], "", None),
+        ("evaluate", str(run_folder), [], "demo", Path("there")),
+    ]
 
 
 def test_scripts_are_the_commands(api: Api, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,15 +27,28 @@ def test_scale_one_is_the_conditional_prediction_exactly(rule: str) -> None:
     assert torch.equal(guide(conditional, 1e6 * unconditional, 1.0, rule), conditional)
 
 
-def test_norm_preserving_turns_without_lengthening() -> None:
-    conditional, unconditional = predictions()
-    conditional = conditional * torch.tensor([0.1, 1.0, 7.0]).reshape(3, 1, 1, 1)  # one norm a sample, not a batch
+def test_norm_preserving_turns_each_token_without_lengthening() -> None:
+    conditional, unconditional = (value.reshape(3, 8, 4) for value in predictions())
+    conditional = conditional * torch.linspace(0.1, 7, 24).reshape(3, 8, 1)  # one norm a token, not a sample
     guided = guide(conditional, unconditional, 4.5, "norm_preserving")
     linear = guide(conditional, unconditional, 4.5, "linear")
-    for k in range(3):
-        assert guided[k].norm().item() == pytest.approx(conditional[k].norm().item(), rel=1e-5)
-        cosine = (guided[k] * linear[k]).sum() / (guided[k].norm() * linear[k].norm())
-        assert cosine.item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(guided.norm(dim=-1), conditional.norm(dim=-1), atol=1e-5, rtol=1e-5)
+    cosine = (guided * linear).sum(-1) / (guided.norm(dim=-1) * linear.norm(dim=-1))
+    torch.testing.assert_close(cosine, torch.ones(3, 8), atol=1e-5, rtol=0)
+
+
+def test_norm_preserving_refuses_latents_that_are_not_tokens() -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        guide(*predictions(), 4.5, "norm_preserving")
+
+
+def test_a_scale_a_sample() -> None:
+    conditional, unconditional = predictions()
+    scale = torch.tensor([1.0, 4.5, 0.0])
+    guided = guide(conditional, 1e6 * unconditional, scale, "linear")
+    assert torch.equal(guided[0], conditional[0])  # exactly, whatever the other branch
+    for k in (1, 2):
+        assert torch.equal(guided[k], guide(conditional, 1e6 * unconditional, float(scale[k]), "linear")[k])
 
 
 def test_a_zero_prediction_stays_finite() -> None:
@@ -52,7 +65,7 @@ def test_gradient_reaches_both_branches() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_float32(dtype: torch.dtype) -> None:
-    conditional, unconditional = (value.to(dtype) for value in predictions())
+    conditional, unconditional = (value.to(dtype).reshape(3, 8, 4) for value in predictions())
     for rule in ("linear", "norm_preserving"):
         guided = guide(conditional, unconditional, 4.5, rule)
         assert guided.dtype is torch.float32

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from flowrl.evaluation.charts import Series, line_chart, nice_ticks, small_multiples, stacked_bar
+from flowrl.evaluation.charts import Series, Trace, line_chart, nice_ticks, scatter_chart, small_multiples, stacked_bar
 
 
 def lines(svg: str) -> list[list[tuple[float, float]]]:
@@ -107,3 +107,30 @@ def test_text_is_escaped_and_the_result_is_valid_xml() -> None:
     svg = line_chart([Series('<b>"&', [0, 1], [0, 1]), Series("x", [0], [1])], title='</svg><script>"', x_label="<i>")
     names = [element.tag for element in ET.fromstring(svg).iter()]
     assert "script" not in names and "b" not in names
+
+
+def test_a_scatter_places_its_points_and_joins_them_in_order() -> None:
+    """x is not sorted: the path goes back where the values do. Equal steps of a value are equal steps on the page."""
+    drawn = scatter_chart([Trace("run", [(0.0, 1.0, "0"), (2.0, 3.0, "16"), (1.0, 2.0, "32")])], title="t", x_label="x")
+    dots = [(float(a), float(b)) for a, b in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert len(dots) == 3 and dots[2][0] == pytest.approx((dots[0][0] + dots[1][0]) / 2, abs=0.1)
+    assert dots[2][1] == pytest.approx((dots[0][1] + dots[1][1]) / 2, abs=0.1) and dots[1][1] < dots[0][1]
+    path = re.search(r'<path d="M([^"]*)" fill="none" stroke=', drawn)
+    assert path is not None
+    assert [float(v) for v in path[1].split()] == [v for dot in dots for v in dot]
+    assert all(f">{name}</text>" in drawn for name in ("0", "16", "32")) and 'r="4"' in drawn
+
+
+def test_a_scatter_has_bars_where_there_are_intervals_and_skips_gaps() -> None:
+    nan = float("nan")
+    trace = Trace("a", [(0.0, 1.0, "0"), (nan, 1.0, "1"), (1.0, 2.0, "2")], [0.5, 0.5, None], [1.5, 1.5, None])
+    drawn = scatter_chart([trace, Trace("b", [])], title="t", x_label="x")
+    assert drawn.count("<circle") == 2 and len(re.findall(r"V[\d.]+\" stroke=", drawn)) == 1
+    assert ">a</text>" in drawn and ">b</text>" in drawn
+    assert "no values yet" in scatter_chart([], title="t", x_label="x")
+
+
+def test_a_scatter_names_only_some_of_many_points() -> None:
+    points = [(float(i), float(i), f"it{i}") for i in range(50)]
+    named = re.findall(r">(it\d+)<", scatter_chart([Trace("", points)], title="t", x_label="x", names=4))
+    assert named == ["it0", "it16", "it33", "it49"]

@@ -9,16 +9,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageColor, ImageFont
 
-from flowrl.evaluation.grids import (
-    BETTER,
-    CAPTION_LINES,
-    SAME,
-    WORSE,
-    before_after_grid,
-    contact_sheet,
-    save_grids,
-    wrap,
-)
+from flowrl.evaluation.checkpoint_grid import checkpoint_grid
+from flowrl.evaluation.drawing import BETTER, CAPTION_LINES, SAME, WORSE, wrap
+from flowrl.evaluation.grids import before_after_grid, contact_sheet, save_grids
 
 
 def flat(values: list[int], size: int = 36) -> npt.NDArray[np.uint8]:
@@ -141,3 +134,33 @@ def test_mismatches_are_named() -> None:
         contact_sheet(flat([1]).astype(np.float32), ["a"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="with N > 0"):
         contact_sheet(flat([]), [])
+
+
+# --------------------------------------------------------------------------------------------------- several checkpoints
+
+
+def test_checkpoints_stand_beside_the_base_worst_change_first() -> None:
+    columns = [
+        ("base", flat([10, 20, 30]), [0.5, 0.5, 0.5]),
+        ("a", flat([11, 21, 31]), [0.1, 0.9, 0.9]),
+        ("b", flat([12, 22, 32]), [0.6, 0.2, None]),
+    ]
+    page = checkpoint_grid(columns, ["p", "q", "r"])
+    values = [10, 11, 12, 20, 21, 22, 30, 31, 32]
+    assert order(page, values) == [20, 21, 22, 10, 11, 12, 30, 31, 32]
+    assert order(checkpoint_grid(columns, ["p", "q", "r"], limit=1), values) == [20, 21, 22]
+
+
+@pytest.mark.parametrize(("after", "color"), [(0.9, BETTER), (0.1, WORSE), (0.5, SAME), (None, SAME)])
+def test_a_checkpoints_frame_tells_its_change(after: float | None, color: str) -> None:
+    columns = [("base", flat([10]), [0.5]), ("a", flat([11]), [after])]
+    page = np.asarray(checkpoint_grid(columns, ["p"]))
+    rows, places = np.nonzero((page == (11, 0, 200)).all(-1))
+    assert (page[rows.min() - 1, places.min() : places.max()] == ImageColor.getrgb(color)).all()
+
+
+def test_checkpoint_grids_name_mistakes() -> None:
+    with pytest.raises(ValueError, match="no columns"):
+        checkpoint_grid([], [])
+    with pytest.raises(ValueError, match=r"checkpoint_grid: a: 1 pictures, but the other columns have \[1, 2\]"):
+        checkpoint_grid([("base", flat([1, 2]), [0, 0]), ("a", flat([1]), [0])], ["p", "q"])

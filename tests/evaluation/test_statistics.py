@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowrl.evaluation.statistics import Interval, bootstrap_mean, paired_difference, summarise, summary_text
+from flowrl.evaluation.statistics import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_tag_mean,
+    paired_difference,
+    summarise,
+    summary_text,
+)
 
 NAN = float("nan")
 
@@ -175,8 +182,72 @@ def test_text_table() -> None:
     ]  # fmt: skip
     assert lines[1].index("+25.0") == lines[0].index("change")
     assert any(line.startswith("  a ") and "+50.0" in line for line in lines)
-    assert "20 pictures of 10 prompts" in lines[-2] and "percentage points" in lines[-2]
-    assert lines[-1] == "dense score: 5 better, 10 the same, 5 worse"
+    assert "20 pictures of 10 prompts" in lines[-6] and "percentage points" in lines[-6]
+    assert lines[-5:] == [
+        "dense score: 5 better, 10 the same, 5 worse",
+        "",
+        "wins of tuned over base, a tie counting half",
+        "  jpeg           50.0% [50.0, 50.0]",
+        "  compositional  50.0% [35.0, 65.0]",
+    ]
+
+
+def test_wins_count_a_tie_half() -> None:
+    found = summarise(pairs())["difference"]["wins"]["compositional"]
+    assert found == {"rate": found["rate"], "better": 5, "same": 10, "worse": 5} and found["rate"]["mean"] == 0.5
+    rows = pairs()
+    rows[3] = row("tuned", 0, 1, True, None, iteration=60)  # one that got better has no score any more
+    assert summarise(rows)["difference"]["wins"]["compositional"]["rate"]["mean"] == pytest.approx((4 + 10 / 2) / 19)
+
+
+def test_rows_of_one_text_are_one_prompt() -> None:
+    """GenEval's file names each prompt four times: copies add no certainty, and count as one prompt."""
+    rows = [
+        r | {"prompt_id": 100 * m + p}
+        for p in range(8)
+        for m in range(4)
+        for r in [row("base", p, 0, p % 3 == 0, p / 8)]
+    ]
+    found, once = summarise(rows)["base"], summarise([row("base", p, 0, p % 3 == 0, p / 8) for p in range(8)])["base"]
+    assert (found["pictures"], found["prompts"]) == (32, 8)
+    assert found["strict"] == pytest.approx(once["strict"]) and found["dense"] == pytest.approx(once["dense"])
+
+
+def test_the_mean_over_tags_weighs_tags_alike() -> None:
+    values, tags = [1.0] * 30 + [0.0] * 5 + [0.5] * 5, ["a"] * 30 + ["b"] * 5 + ["c"] * 5
+    assert bootstrap_tag_mean(values, range(40), tags) == Interval(0.5, 0.5, 0.5)
+    assert bootstrap_mean(values, range(40)).mean == 32.5 / 40
+    assert bootstrap_tag_mean(values[:34], range(34), tags[:34]) == Interval(0.5, None, None)  # b has four prompts
+    noisy = np.random.default_rng(0).normal(0, 1, 200)
+    found = bootstrap_tag_mean(noisy, range(200), ["a"] * 40 + ["b"] * 160, draws=20_000)
+    half = 1.96 * np.sqrt(noisy[:40].var() / 40 + noisy[40:].var() / 160) / 2
+    assert found.mean == pytest.approx((noisy[:40].mean() + noisy[40:].mean()) / 2)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.05)
+
+
+def test_components_gold_and_diversity_of_rows() -> None:
+    rows = []
+    for at, r in enumerate(pairs()):
+        parts = {"ocr": {"exact": float(at % 4 == 0), "edit": 0.5, "confidence": 0.1}}
+        near = {"cells": {"spread": 0.25, "vendi": None}}
+        rows.append(r | {"components": parts, "gold": 2.0 * (r["which"] == "tuned"), "diversity": near})
+    found = summarise(rows)
+    assert set(found["base"]["accuracy"]) == {"ocr/exact", "ocr/edit"}
+    exact = found["base"]["accuracy"]["ocr/exact"]
+    assert exact["overall"]["mean"] == exact["tag_mean"]["mean"] == 0.5 and exact["by_tag"]["a"]["mean"] == 0.5
+    assert found["tuned"]["accuracy"]["ocr/exact"]["overall"]["mean"] == 0.0
+    assert found["difference"]["gold"]["mean"] == 2.0 and found["base"]["diversity"]["cells"]["vendi"] is None
+    text = summary_text(found)
+    for line in (
+        "gold, weighted",
+        "exact (ocr) ",
+        "exact (ocr), mean of tags",
+        "edit (ocr) ",
+        "spread (cells)",
+        "vendi (cells)",
+    ):
+        assert line in text
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_text_says_when_it_cannot_tell() -> None:

@@ -10,6 +10,7 @@ import torch
 from flowrl.rewards.tiny_clip import TinyClip, TinyClipConfig, TinyClipScore
 
 from flowrl.errors import UserError
+from flowrl.records import Request
 
 from .checkpoints import batch, pictures
 
@@ -92,3 +93,21 @@ def test_wrong_folders(tmp_path: Path) -> None:
         TinyClipScore(str(tmp_path), "26")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use multiples of 8 and of 4"):
         TinyClip(TinyClipConfig((), side=12))
+
+
+def test_its_gradient_is_that_of_the_score(tmp_path: Path) -> None:
+    """value on float pictures equals score on the same uint8 ones, and differences agree with autograd."""
+    made().save(str(tmp_path))
+    images, prompts = pictures(2, 20, 20), ["a red circle", "blue square"]
+    reward = TinyClipScore(str(tmp_path), "logit", device="cpu")
+    requests = [Request(prompt, 0, 20, 20) for prompt in prompts]
+    x = (torch.tensor(images).float().permute(0, 3, 1, 2) / 255).requires_grad_()
+    value = reward.value(x, requests)
+    np.testing.assert_allclose(value.detach(), reward.score(batch(images, prompts)).scores, atol=1e-5)
+    value.sum().backward()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ahead, behind = (reward.value(x + step * direction, requests).sum() for step in (1e-3, -1e-3))
+    slope = float((ahead - behind) / 2e-3)
+    assert slope == pytest.approx(float((x.grad * direction).sum()), rel=0.02, abs=1e-3)
+    assert all(p.grad is None for p in reward.network.parameters())

@@ -87,3 +87,46 @@ def dies_once(images: Any, prompts: Any, mark: str) -> list[float]:
         with open(mark, "w"):
             os._exit(7)
     return first_pixel(images, prompts)
+
+
+class Mover:
+    """Scores by first pixel and notes in a file when it moves and scores; ``fail``: what raises."""
+
+    name = "mover"
+
+    def __init__(self, log: str, fail: str = "") -> None:
+        self.log, self.fail, self.away = log, fail, False
+
+    def note(self, what: str) -> None:
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(f"{what}\n")
+        if what == self.fail:
+            raise MemoryError(f"no room to {what}")
+
+    def offload(self) -> None:
+        self.note("offload")
+        self.away = True
+
+    def onload(self) -> None:
+        self.note("onload")
+        self.away = False
+
+    def score(self, images: Any, prompts: Any) -> list[float]:
+        self.note("score")
+        if self.away:
+            raise RuntimeError("scored while away")
+        if prompts[0] == "slow":
+            time.sleep(0.3)
+        return first_pixel(images, prompts)
+
+
+def spills(images: Any, prompts: Any, log_extra: Any) -> list[float]:
+    """Says the key that it was started with."""
+    if prompts[0] == "raise":
+        raise RuntimeError(f"401 for {os.environ['HF_TOKEN']}")
+    log_extra("note", [f"key {os.environ['HF_TOKEN']}"] * len(images))
+    return first_pixel(images, prompts)
+
+
+def raises_its_key(images: Any, prompts: Any) -> list[float]:
+    raise RuntimeError(f"login with {os.environ['WANDB_API_KEY']} failed")

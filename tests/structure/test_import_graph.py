@@ -59,6 +59,8 @@ LIBRARY_HOMES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("distributed",),
     "transformers": ("pipelines", "rewards", "text", "integrations"),
     "wandb": ("tracking",),
+    "swanlab": ("tracking",),
+    "trackio": ("tracking",),
     "tensorboard": ("tracking",),
     "torch.utils.tensorboard": ("tracking",),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,41 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from .sources import PACKAGED, ROOT, repository_files
-
-FOLDERS = {**PACKAGED, "assets": "flowrl.assets"}
-
-
-@pytest.fixture(scope="module")
-def files() -> list[Path]:
-    return repository_files()
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory, files: list[Path]) -> Path:
-    """Built offline, from a copy: setuptools leaves files beside what it builds. setuptools comes with torch."""
-    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for path in files:
-        name = path.relative_to(ROOT)
-        if name.parts[0] in FOLDERS or len(name.parts) == 1:
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(out),
-        str(copy),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    (path,) = out.glob("*.whl")
-    return path
+from .conftest import FOLDERS
+from .sources import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The optional trackers: none by default, event files by choice, a clear word where the package is missing."""
+"""tensorboard: event files by choice, a clear word where the package is missing."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ from pathlib import Path
 import pytest
 
 from flowrl import tracking
+from flowrl.config.tracking import Tracking
 from flowrl.errors import UserError
 
-
-def test_nothing_by_default(tmp_path: Path) -> None:
-    assert tracking.open_trackers(tmp_path, False) == []
-    assert not list(tmp_path.iterdir())
+ON = Tracking(tensorboard=True)
 
 
 def test_the_package_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'flowrl\[tensorboard\]', or set tracking.tensorboard=false"):
-        tracking.open_trackers(tmp_path, True)
+        tracking.open_trackers(tmp_path, ON)
 
 
 def test_scalars_land_in_event_files_and_a_resume_hides_what_it_redoes(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (tracker,) = tracking.open_trackers(tmp_path, True)
+    tracker = tracking.open_trackers(tmp_path, ON)
     for iteration in (1, 2, 3):
         tracker.scalars({"reward/x/mean": iteration / 4, "policy/kl": None, "note": "text", "calls": 7}, iteration)
     tracker.close()
-    (tracker,) = tracking.open_trackers(tmp_path, True, start=3)
+    tracker = tracking.open_trackers(tmp_path, ON, start=3)
     tracker.scalars({"reward/x/mean": 9.0}, 3)
     tracker.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

@@ -54,7 +54,7 @@ def test_micro_batch_of_the_update_alone(tiny_sd3: Path) -> None:
     for size in (8, 3, 1):
         parts = chunks(batches[0], 0, size, True)
         weight = torch.full((8, 2), 1 / 16)
-        list(accumulate(trainer.policy, trainer.objective, batches[0], parts, weight, {}, True))
+        list(accumulate(trainer.policy, trainer.learner.objective, batches[0], parts, weight, {}, True))
         found.append([p.grad.clone() for p in trainer.weights.parameters])
         trainer.optimizer.zero_grad()
     assert_close(found[0], found[1], 1e-5)

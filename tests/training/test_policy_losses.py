@@ -63,7 +63,7 @@ def test_the_update_has_the_gradient_of_the_whole_loss(tiny_sd3: Path, name: str
     trainer, batch, weight = prepared(tiny_sd3, **{"objective.loss": name, "optimizer.lr": 3e-2})
     expected = reference(trainer, batch, weight)
     parts = chunks(batch, 0, 3, False)
-    terms = list(accumulate(trainer.policy, trainer.objective, batch, parts, weight, {}, False))
+    terms = list(accumulate(trainer.policy, trainer.learner.objective, batch, parts, weight, {}, False))
     assert max(float(t.ratio_max_deviation) for _, t in terms) > 1e-3  # off policy indeed
     norm = sum(float(g.square().sum()) for g in expected) ** 0.5
     error = sum(float((a - b).square().sum()) for a, b in zip(gradient(trainer), expected, strict=True)) ** 0.5

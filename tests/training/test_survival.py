@@ -82,7 +82,6 @@ def test_latents_that_are_not_finite_are_masked(tiny_sd3: Path) -> None:
     trainer.adapter.predict = predict
     batches = []
     trainer._train = lambda batch: batches.append(batch) or {}
-    trainer._checked = True
     row = trainer.iterate()
     assert row["score/invalid"] == 2
     assert batches[0].mask.tolist() == [True, False, True, True] * 2

@@ -61,10 +61,11 @@ def gather(futures: Iterable[Future[RewardResult]]) -> list[RewardResult]:
 
 
 def _caller(source: RewardEntry | Callable[[], Reward], settings: ExecutorSettings, label: str) -> Caller:
+    offload = False
     if not isinstance(source, RewardEntry):
         factory = source
     else:
-        entry = source
+        entry, offload = source, source.offload
         if settings.kind in ("process", "worker"):
             return _process(entry, settings, label)
         if settings.kind == "http":
@@ -73,7 +74,7 @@ def _caller(source: RewardEntry | Callable[[], Reward], settings: ExecutorSettin
         def factory() -> Reward:
             return load_reward(entry)
 
-    return (InlineCaller if settings.kind == "inline" else ThreadCaller)(label, factory)
+    return (InlineCaller if settings.kind == "inline" else ThreadCaller)(label, factory, offload)
 
 
 def _process(entry: RewardEntry, settings: ExecutorSettings, label: str) -> ProcessCaller:
@@ -81,7 +82,7 @@ def _process(entry: RewardEntry, settings: ExecutorSettings, label: str) -> Proc
     return ProcessCaller(
         label,
         own_command(entry.name) if own else foreign_command(settings.python, entry.name),
-        {"args": entry.args, "opponents": entry.opponents},
+        {"args": entry.args, "opponents": entry.opponents, "offload": entry.offload},
         encoding=settings.encoding,
         limits=Limits(header_bytes=settings.body_bytes, body_bytes=0),
         environment=own_environment() if own else None,

@@ -29,8 +29,8 @@ class Caller(Protocol):
     def open(self, seconds: float | None) -> None:
         """Make ready (load, start, connect) if that is not done; raises CallFailed."""
 
-    def call(self, batch: RewardBatch, seconds: float | None) -> RewardResult:
-        """Score one batch within so many seconds; raises CallFailed."""
+    def call(self, batch: RewardBatch, seconds: float | None, last: bool = True) -> RewardResult:
+        """Score one batch within so many seconds; last: no other one waits for now. Raises CallFailed."""
 
     def close(self) -> None:
         """End at once what can be ended; a call under way fails."""
@@ -161,7 +161,7 @@ class Executor:
             try:
                 with self._busy:
                     caller.open(self._limit(self.settings.start_s))
-                    return caller.call(batch, self._limit(self.settings.timeout_s))
+                    return caller.call(batch, self._limit(self.settings.timeout_s), self._queue.empty())
             except CallFailed as error:
                 if not error.retry or not left or self._closing.is_set():
                     raise

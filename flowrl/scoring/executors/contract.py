@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from flowrl.errors import UserError
 from flowrl.protocols import Reward
 from flowrl.records import RewardBatch, RewardResult
+from flowrl.scoring.redact import hide
 from flowrl.scoring.wire import MAX_TEXT
 
 
@@ -23,7 +26,7 @@ class CallFailed(Exception):
     """
 
     def __init__(self, text: str, *, retry: bool = False, fatal: bool = False) -> None:
-        super().__init__(text[:MAX_TEXT])
+        super().__init__(hide(text)[:MAX_TEXT])
         self.retry = retry
         self.fatal = fatal
 
@@ -55,6 +58,56 @@ def score_checked(label: str, reward: Reward, batch: RewardBatch) -> RewardResul
         raise CallFailed(told(label, error)) from error
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """What can leave its device and come back."""
+
+    def offload(self) -> None: ...
+
+    def onload(self) -> None: ...
+
+
+class Residence:
+    """A reward that is on its device only while there is something to score, where that is wanted.
+
+    wanted: call its ``offload`` now and after each call that is the last one for now, and its ``onload`` before the next.
+    Raises UserError where it has no such methods, CallFailed where its ``offload`` raises.
+    """
+
+    def __init__(self, label: str, reward: Reward, wanted: bool) -> None:
+        self._label, self._reward = label, reward
+        self._movable: Movable | None = None
+        self._away = False
+        if wanted:
+            if not isinstance(reward, Movable):
+                raise UserError(f"reward {label!r}: it has no offload() and onload() to be called; remove offload")
+            self._movable = reward
+            self._leave(reward)
+
+    def score(self, batch: RewardBatch, last: bool) -> RewardResult:
+        """``score_checked``; raises CallFailed for what moving the reward raises, too."""
+        if self._movable is None:
+            return score_checked(self._label, self._reward, batch)
+        if self._away:
+            self._moved(self._movable.onload)
+            self._away = False
+        try:
+            return score_checked(self._label, self._reward, batch)
+        finally:
+            if last:
+                self._leave(self._movable)
+
+    def _leave(self, reward: Movable) -> None:
+        self._away = True  # first: half moved is not ready either
+        self._moved(reward.offload)
+
+    def _moved(self, move: Callable[[], None]) -> None:
+        try:
+            move()
+        except Exception as error:
+            raise CallFailed(told(self._label, error)) from error
+
+
 def told(label: str, error: Exception) -> str:
     """Say what a reward raised, and where."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -63,7 +116,7 @@ def told(label: str, error: Exception) -> str:
 
 
 def checked(label: str, result: RewardResult, count: int) -> RewardResult:
-    """A result that keeps its contract; scores that are not finite become invalid.
+    """A result that keeps its contract; scores that are not finite become invalid, and no text holds a secret.
 
     Raises UserError for a wrong type, dtype or length.
     """
@@ -85,7 +138,13 @@ def checked(label: str, result: RewardResult, count: int) -> RewardResult:
     for row in np.flatnonzero(valid):
         errors[row] = None
     scores = np.where(valid, result.scores, np.float32(np.nan)).astype(np.float32)
-    return dataclasses.replace(result, scores=scores, valid=valid, errors=errors)
+    return dataclasses.replace(
+        result,
+        scores=scores,
+        valid=valid,
+        errors=[text and hide(text) for text in errors],
+        details=[text and hide(text) for text in result.details],
+    )
 
 
 def _check_array(label: str, what: str, array: object, dtype: np.dtype[np.generic], count: int) -> None:

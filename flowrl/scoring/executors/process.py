@@ -111,14 +111,14 @@ class ProcessCaller:
             self.kill()
             raise CallFailed(str(ready.get("error") or f"{self._label}: cannot be loaded"), fatal=True)
 
-    def call(self, batch: RewardBatch, seconds: float | None) -> RewardResult:
+    def call(self, batch: RewardBatch, seconds: float | None, last: bool = True) -> RewardResult:
         process = self._process
         if process is None:
             raise CallFailed(f"{self._label}: closed")
         self._calls += 1
         try:
             header, body = wire.pack(batch, self._encoding)
-            head = wire.frame_head({"type": "score", "id": self._calls, "batch": header}, len(body))
+            head = wire.frame_head({"type": "score", "id": self._calls, "last": last, "batch": header}, len(body))
         except wire.WireError as error:
             raise CallFailed(f"{self._label}: {error}") from error
         answer = self._exchange(process, head, body, seconds, "no result")

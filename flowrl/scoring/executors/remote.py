@@ -49,7 +49,7 @@ class HttpCaller:
             )
         self._opened = True
 
-    def call(self, batch: RewardBatch, seconds: float | None) -> RewardResult:
+    def call(self, batch: RewardBatch, seconds: float | None, last: bool = True) -> RewardResult:
         return self._client.score(batch, seconds)
 
     def close(self) -> None:

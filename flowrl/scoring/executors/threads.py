@@ -11,7 +11,7 @@ from flowrl.protocols import Reward
 from flowrl.records import RewardBatch, RewardResult
 from flowrl.scoring.deadlines import Late, Runner
 from flowrl.scoring.executors.base import Executor
-from flowrl.scoring.executors.contract import CallFailed, score_checked, told
+from flowrl.scoring.executors.contract import CallFailed, Residence, told
 
 T = TypeVar("T")
 MAX_LEFT_BEHIND = 8
@@ -22,14 +22,15 @@ class ThreadCaller:
     """A reward in a thread of its own.
 
     A thread cannot be stopped. One that is late is left behind together with its reward, and the next call gets a new
-    thread and a new reward from ``factory``: two calls never run in one reward.
+    thread and a new reward from ``factory``: two calls never run in one reward. offload: see ``Residence``.
     """
 
-    def __init__(self, label: str, factory: Callable[[], Reward]) -> None:
+    def __init__(self, label: str, factory: Callable[[], Reward], offload: bool = False) -> None:
         self._label = label
         self._factory = factory
+        self._offload = offload
         self._runner = Runner(f"flowrl-{label}-call")
-        self._reward: Reward | None = None
+        self._reward: Residence | None = None
         self._left_behind: list[Future[None]] = []
         self._opened = False
 
@@ -46,20 +47,22 @@ class ThreadCaller:
             raise CallFailed(f"{self._label}: not called: {len(self._left_behind)} of its calls hang")
         self._reward = self._run(self._made, seconds, "a new one was not ready")
 
-    def call(self, batch: RewardBatch, seconds: float | None) -> RewardResult:
+    def call(self, batch: RewardBatch, seconds: float | None, last: bool = True) -> RewardResult:
         reward = self._reward
         if reward is None:
             raise ValueError("call open first")
-        return self._run(lambda: score_checked(self._label, reward, batch), seconds, "no result")
+        return self._run(lambda: reward.score(batch, last), seconds, "no result")
 
     def close(self) -> None:
         self._runner.close()
 
-    def _made(self) -> Reward:
+    def _made(self) -> Residence:
         try:
-            return self._factory()
+            return Residence(self._label, self._factory(), self._offload)
         except UserError as error:
             raise CallFailed(str(error), fatal=True) from error
+        except CallFailed:
+            raise
         except Exception as error:
             raise CallFailed(told(self._label, error), fatal=True) from error
 

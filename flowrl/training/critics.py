@@ -1,0 +1,153 @@
+"""A critic for credit on trajectories: values of the states before each trained step, learnt from the run's own samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl import rng
+from flowrl.config.schema import Config
+from flowrl.credit.critic import CriticBatch, Recent, Standard, ValueCritic, draw_key
+from flowrl.credit.critic_losses import lambda_returns
+from flowrl.credit.networks import pooled_text
+from flowrl.distributed.backend import Backend
+from flowrl.records import Prompted, PromptRow, Trajectory
+from flowrl.rollout.policy import Policy
+from flowrl.rollout.requests import request_of
+from flowrl.training.batch import Visit
+
+
+@dataclass(frozen=True)
+class CriticValues:
+    """In units of the score. start: float64 [B], of the first trained state; step: float64 [B, K - 1], of the states after
+    the trained steps but the last; post: float64 [B, K], of the mean of each transition, before its noise, or None; open:
+    whether they may be used.
+    """
+
+    start: Tensor
+    step: Tensor
+    post: Tensor | None
+    open: bool
+
+
+def make_critic(config: Config, policy: Policy, row: PromptRow, member: int = 0) -> ValueCritic:
+    """A new critic for a run's latents. member: number of the critic, which its first weights are keyed by."""
+    request = request_of(config, row)
+    channels = policy.adapter.latent_shape(request)[0]
+    text = pooled_text(policy.adapter.encode([request])).shape[1]
+    seed = rng.key(config.seed, 0, member=member, stream="perturb")
+    return ValueCritic(config.critic, channels, text, seed, policy.adapter.device)
+
+
+def say_stopped(critic: ValueCritic, was: str, name: str) -> None:
+    """Warn, once, that a critic was stopped."""
+    if critic.stopped and not was:
+        warnings.warn(f"{name} was stopped: {critic.stopped}; the policy gets nothing of it any more", stacklevel=2)
+
+
+class CreditCritic:
+    """The critic of ``credit.values: critic``; with ``post`` a second one, of transitions' means (pdppo)."""
+
+    def __init__(self, config: Config, policy: Policy, row: PromptRow, backend: Backend, post: bool = False) -> None:
+        self.config, self.policy, self.backend = config, policy, backend
+        self.critics = {"critic": make_critic(config, policy, row)}
+        if post:
+            self.critics["critic_post"] = make_critic(config, policy, row, 1)
+        self.recent = {name: Recent(config.critic.buffer) for name in self.critics}
+        self.standard = Standard()
+
+    @property
+    def open(self) -> bool:
+        return all(critic.open for critic in self.critics.values())
+
+    def values(self, trajectory: Trajectory, prompted: Prompted, row: Tensor) -> CriticValues:
+        """Values under the critic as it is, before it sees how these samples ended."""
+        found = {}
+        for name, critic in self.critics.items():
+            x, t = self._states(name, trajectory)
+            text = pooled_text(prompted.positive)[row].repeat_interleave(x.shape[1], 0)
+            value = critic.value(x.flatten(0, 1), t.flatten(), text).reshape(x.shape[:2])
+            found[name] = self.standard.back(value.double().cpu())
+        own = found["critic"]
+        return CriticValues(own[:, 0], own[:, 1:], found.get("critic_post"), self.open)
+
+    def learn(
+        self, trajectory: Trajectory, prompted: Prompted, row: Tensor, score: Tensor, visit: Visit
+    ) -> dict[str, Any]:
+        """Judge the critic on samples that it has not seen, then train it on them. score: float64 [B], NaN for none."""
+        backend = self.backend
+        metrics: dict[str, Any] = {}
+        everywhere = backend.gather(score)
+        before = [critic.stopped for critic in self.critics.values()]
+        if bool(everywhere.isfinite().any()):
+            self.standard.add(everywhere)
+        known = score.isfinite()
+        target = self.standard.forward(score)[known].float()
+        for number, (name, critic) in enumerate(self.critics.items()):
+            x, t = self._states(name, trajectory)
+            x, t = x[known.to(x.device)], t[known.to(t.device)]
+            text = pooled_text(prompted.positive)[row][known.to(x.device)]
+            count, steps = x.shape[:2]
+            flat = (x.flatten(0, 1), t.flatten(), text.repeat_interleave(steps, 0))
+            value = critic.value(*flat).reshape(count, steps).cpu() if count else torch.zeros(0, steps)
+            outcome = target[:, None].expand(-1, steps)
+            critic.judge(*(backend.gather(v.flatten().contiguous()) for v in (value, outcome, t.cpu())))
+            returns = lambda_returns(value, target, critic.settings.lam) if count else outcome
+            if count:
+                self.recent[name].push(x=flat[0], t=flat[1], text=flat[2], target=returns.flatten().to(x.device))
+            metrics[f"{name}/loss"] = self._fit(name, visit, number)
+            metrics |= critic.as_metrics(name)
+            say_stopped(critic, before[number], f"critic: {name}")
+        held = sum(c.nbytes for c in self.critics.values()) + sum(r.nbytes for r in self.recent.values())
+        return metrics | {"memory/critic_mb": held / 2**20}
+
+    def _fit(self, name: str, visit: Visit, number: int) -> float | None:
+        recent, critic = self.recent[name], self.critics[name]
+        if self.backend.largest(int(not len(recent))):
+            return None
+
+        def draw(step: int) -> CriticBatch:
+            seed = draw_key(visit.seed + self.backend.rank, visit.iteration, step + number * critic.settings.steps)
+            return CriticBatch(**recent.draw(seed, critic.settings.batch))
+
+        return critic.fit(draw, self.backend.add_gradients, self.backend.world)
+
+    def _states(self, name: str, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        """Latents float32 [B, K, ...] and their times [B, K]."""
+        x, step = trajectory.x, trajectory.step
+        if x is None or step is None:
+            raise ValueError("critic: this trajectory holds no transitions")
+        if name == "critic":
+            return x.float(), self.policy.schedule.t[step]
+        if trajectory.value is None:
+            raise ValueError("critic: the rollout kept no network outputs to take means of")
+        flat = (x.flatten(0, 1).float(), step.flatten(), trajectory.value.flatten(0, 1))
+        mean = self.policy.made_of(*flat, trajectory.kind).mean.reshape(x.shape)
+        return mean.float(), self.policy.schedule.t[step + 1]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "critics": {name: critic.state() for name, critic in self.critics.items()},
+            "recent": {name: recent.parts for name, recent in self.recent.items()},
+            "standard": self.standard.sums,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        if set(state.get("critics", {})) != set(self.critics):
+            raise ValueError("checkpoint: its critics are not those of this run; was credit.values changed?")
+        for name, critic in self.critics.items():
+            critic.load(state["critics"][name])
+            self.recent[name].parts = [dict(part) for part in state["recent"][name]]
+        self.standard.sums = state["standard"].clone()
+
+
+def build_critics(config: Config, policy: Policy, rows: Sequence[PromptRow], backend: Backend) -> CreditCritic | None:
+    """The critics of ``credit.values: critic``; None for another setting."""
+    if config.credit.values != "critic":
+        return None
+    return CreditCritic(config, policy, rows[0], backend, post=config.advantage.name == "pdppo")

@@ -1,0 +1,138 @@
+"""Objectives on re-noised samples with the real trainer against closed forms: T-RL1, T-RL2 and F11's shifts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.training.affine import Affine
+from tests.training.forward_tools import drawn_moments, toy_trainer
+
+B, GROUP, ITERATIONS = 0.7, 64, 70
+FROZEN = {"forward.old_rate": 1e6, "forward.old_limit": 1 - 1e-9}
+"""The old policy keeps to its start, so that a method's single regression is seen, not its iteration."""
+HELD = {"objective.kl.form": "velocity", "objective.kl.weight": 2.0}
+
+
+def run(name: str, reward, **changes: object) -> Affine:
+    trainer, network = toy_trainer(name, reward, **({"iterations": ITERATIONS} | changes))
+    for _ in range(trainer.config.iterations):
+        trainer.iterate()
+    return network
+
+
+def covariance(network: Affine) -> torch.Tensor:
+    """Cov(A, u | x) at each step for A = B (x0 - mean of the group): -B s^2 t / D, with the variance that is drawn."""
+    t = network.times[:-1].double()
+    k = (t - (1 - t) * 0.64) / ((1 - t) ** 2 * 0.64 + t**2)
+    return -B * drawn_moments(network)[1] * (1 + k * (1 - t)) * (1 - 1 / GROUP)
+
+
+def run_shift(name: str, **changes: object) -> Affine:
+    """Without the tilt: under a linear reward the optimum has none, and a shift alone is learned with less noise."""
+    trainer, network = toy_trainer(name, lambda x0: B * x0, **({"iterations": ITERATIONS} | changes))
+    network.tilt.data.zero_()
+    for _ in range(trainer.config.iterations):
+        trainer.iterate()
+        network.tilt.data.zero_()
+    return network
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "factor"),
+    [
+        ("awm", HELD, 1 / 2.0),
+        ("nft", HELD | {"objective.loss_options": {"space": "output"}}, 1 / 2.0),
+        ("ram", {"objective.loss_options": {"temperature": 1.5}}, 1 / 1.5),
+        ("nft", {**FROZEN, "objective.loss_options": {"space": "output", "beta": 0.5, "limit": 4.0}}, 1 / (0.5 * 4.0)),
+        ("orw", {**FROZEN, "objective.loss_options": {"temperature": 1.5}}, 1 / 1.5),
+    ],
+    ids=["awm", "nft", "ram", "nft-one-regression", "orw-one-regression"],
+)  # fmt: skip
+def test_linear_reward_moves_each_velocity_by_its_share_of_the_covariance(
+    name: str, changes: dict, factor: float
+) -> None:
+    """T-RL1 with F11's shift: C / lambda (awm and nft hold themselves by a velocity penalty of weight lambda, ram has its
+    temperature), C / (beta limit) of one nft regression, C / temperature of one orw regression."""
+    network = run_shift(name, **changes)
+    predicted = factor * covariance(network)
+    found = network.shift.detach().double()
+    assert float((found - predicted).abs().max()) < 0.12 * float(predicted.abs().max())
+    assert float(torch.nn.functional.cosine_similarity(found, predicted, dim=0)) > 0.995
+
+
+def test_exponential_weights_reach_the_quadratic_tilt() -> None:
+    """T-RL2 by one orw regression: precision 1 / s^2 + 1 / (tau q), means by precision; both parts of the velocity move."""
+    centre, q, tau = 1.2, 0.8, 1.5
+    network = run(
+        "orw", lambda x0: -((x0 - centre) ** 2) / (2 * q), iterations=100,
+        **{**FROZEN, "objective.loss_options": {"temperature": tau}},
+    )  # fmt: skip
+    mean, variance = drawn_moments(network)
+    added = (1 - 1 / GROUP) / (tau * q)
+    precision = 1 / variance + added
+    m, s2 = (mean / variance + centre * added) / precision, 1 / precision
+    t = network.times[:-1].double()
+    k = (t - (1 - t) * s2) / ((1 - t) ** 2 * s2 + t**2)
+    middle, width = (1 - t) * m, ((1 - t) ** 2 * s2 + t**2).sqrt()
+    for away in (-1.0, 1.0):
+        x = middle + away * width
+        best = -m + k * (x - middle)
+        found = network.exact(x, t) + network.shift.double() + network.tilt.double() * x
+        base = network.exact(x, t)
+        assert float((found - best).abs().max()) < 0.12
+        assert float((base - best).abs().max()) > 0.5  # a long way from where it began
+
+
+def test_frontier_of_reward_and_divergence() -> None:
+    """F13 30, A12: with lambda the reward gains b^2 s^2 / lambda for a divergence of b^2 s^2 / (2 lambda^2) nats."""
+    strength = 2.0
+    network = run_shift("awm", **{"objective.kl.form": "velocity", "objective.kl.weight": strength})
+    t = network.times.double()
+    k = (t[:-1] - (1 - t[:-1]) * 0.64) / ((1 - t[:-1]) ** 2 * 0.64 + t[:-1] ** 2)
+    moved = 0.0
+    for step in range(len(t) - 1):
+        dt = float(t[step] - t[step + 1])
+        moved = moved * (1 - dt * float(k[step])) - dt * float(network.shift[step])
+    variance = drawn_moments(network)[1]
+    gain, divergence = B * moved, moved**2 / (2 * variance)
+    assert gain == pytest.approx(B**2 * 0.64 / strength, rel=0.2)  # eight Euler steps
+    assert divergence == pytest.approx(gain**2 / (2 * B**2 * variance), rel=1e-6)
+
+
+def test_no_reward_no_gradient() -> None:
+    """A constant reward: awm, dgpo and pairs make no update at all, the others none at the old policy."""
+    for name in ("awm", "dgpo", "dpo_online", "nft", "crd", "ram"):
+        trainer, network = toy_trainer(name, lambda x0: torch.zeros_like(x0), iterations=1)
+        norms: list[float] = []
+        step = trainer._step
+        trainer._step = lambda norms=norms, step=step: norms.append(step()) or norms[-1]
+        trainer.iterate()
+        assert norms == [] or norms == [pytest.approx(0.0, abs=1e-5)], name
+        assert math.isclose(float(network.shift.abs().max()), 0.0, abs_tol=1e-6) or norms, name
+
+
+def test_the_trainer_draws_with_the_old_policy() -> None:
+    """sampler old: the rollout is the copy's; live: it is that of the trained weights. The copy follows by its decay."""
+    for sampler, expected in (("old", 0.0), ("live", 5.0)):
+        trainer, network = toy_trainer("nft", lambda x0: x0, iterations=3, **{**FROZEN, "forward.sampler": sampler})
+        network.shift.data.fill_(5.0)
+        seen: list[float] = []
+        collect = trainer.collector.collect
+        trainer.collector.collect = lambda *a, seen=seen, n=network, c=collect: seen.append(float(n.shift[0])) or c(*a)
+        trainer._collect()
+        assert seen == [expected] and float(network.shift[0]) == 5.0
+
+
+def test_decay_of_the_old_policy() -> None:
+    """min(rate (updates - delay), limit), at least 0; the copy is decay old + (1 - decay) new."""
+    trainer, network = toy_trainer(
+        "nft", lambda x0: x0, **{"forward.old_rate": 0.1, "forward.old_limit": 0.5, "forward.old_delay": 2}
+    )
+    old = trainer.learner.old
+    assert [old.decay(n) for n in (0, 2, 3, 5, 9)] == pytest.approx([0.0, 0.0, 0.1, 0.3, 0.5])
+    network.shift.data.fill_(1.0)
+    old.follow(5)
+    assert old.values[0][0].item() == pytest.approx(0.7)
