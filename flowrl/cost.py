@@ -130,25 +130,46 @@ def guide_samples(config: Config) -> Count:
     One call with gradient, or 2 ``draws`` of spsa, and one more for the weights of langevin_weighted; at the stochastic
     steps of its window, in the other modes at all steps of it. Where each group has a window of its own, more.
     """
-    guide, batch, steps = config.rollout.guide, config.batch, config.rollout.steps
-    if not guide.active:
+    if not config.rollout.guide.active:
         return Count(0, 0, 0)
-    each = (1 if guide.gradient == "autograd" else 2 * guide.draws) + (guide.mode == "langevin_weighted")
-    window, starts = window_of(config)
+    return Count.of([sum(latents for _, latents in _guided(config, start)) for start in window_of(config)[1]])
+
+
+def guide_work(config: Config) -> Work:
+    """Forwards of a guide that calls the network: x0 follows the policy, a head on features takes one call."""
+    from flowrl.config.process_checks import process_labels
+
+    guide, batch, steps = config.rollout.guide, config.batch, config.rollout.steps
+    named = dict(zip(process_labels(config.process), config.process, strict=True))
+    entry = named.get(guide.reward)
+    if not guide.active or entry is None or entry.name not in ("x0", "features"):
+        return NONE
+    ode = int(entry.args.get("ode_steps", 1)) or steps
+    samples, calls = [], []
+    for start in window_of(config)[1]:
+        runs = [
+            (latents, min(ode, steps - state) if entry.name == "x0" else 1) for state, latents in _guided(config, start)
+        ]
+        samples.append(sum(latents * run for latents, run in runs))
+        calls.append(math.ceil(batch.samples / batch.micro_batch) * sum(run for _, run in runs))
+    work = Work(Count.of(samples), Count.of(calls))
+    return work.times(branches_of(config)) if entry.name == "x0" else work
+
+
+def _guided(config: Config, start: int) -> list[tuple[int, int]]:
+    """(index of the schedule, distinct latents) of every call of a guide, for a window that starts at ``start``."""
+    guide, batch, steps = config.rollout.guide, config.batch, config.rollout.steps
+    window = window_of(config)[0]
     last = steps - 1 if guide.last is None else guide.last
+    weighted = guide.mode == "langevin_weighted"
+    blocks = _blocks(config, start)
     found = []
-    for start in starts:
-        on = range(start, start + window) if guide.mode == "langevin" else range(steps)
-        blocks = _blocks(config, start)
-        found.append(
-            each
-            * sum(
-                _latents(batch.groups, batch.group_size, batch.micro_batch, blocks[k])
-                for k in on
-                if guide.first <= k <= last
-            )
-        )
-    return Count.of(found)
+    for k in range(start, start + window) if guide.mode == "langevin" else range(steps):
+        if guide.first <= k <= last:
+            latents = _latents(batch.groups, batch.group_size, batch.micro_batch, blocks[k])
+            found += [(k, latents)] * (1 if guide.gradient == "autograd" else 2 * guide.draws)
+            found += [(k + 1, latents)] * weighted
+    return found
 
 
 def rollout_work(config: Config) -> Work:
@@ -311,7 +332,9 @@ def update_work(config: Config) -> Update:
         return _forward_update(config)
     if family_of(objective.name) == "direct":
         made = direct.calls(config)
-        works = [_per_chunk(config, [vars(each)[name] for each in made]) for name in ("update", "backward", "reference")]
+        works = [
+            _per_chunk(config, [vars(each)[name] for each in made]) for name in ("update", "backward", "reference")
+        ]
         return Update(works[0], works[1], NONE, works[2])
     one, branches = pass_work(config), branches_of(config)
     differentiated = branches if rollout.cfg_gradient == "full" else 1

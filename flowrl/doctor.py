@@ -7,24 +7,10 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 
 from flowrl import __version__
+from flowrl.performance.environment import CORE, version
 
-CORE = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "pillow",
-    "pyyaml",
-    "tqdm",
-)
 _BROKEN = (ImportError, RuntimeError, OSError, AttributeError, TypeError, ValueError)
 
 
@@ -49,6 +35,7 @@ EXTRAS = (
         ("rapidocr", "onnxruntime"),
         "the rewards ocr and its kin on rapidocr (ocr_tesseract uses the tesseract program instead)",
     ),
+    Extra("wan", ("ftfy",), "the adapter wan_image, whose diffusers pipeline cleans prompts with it"),
     Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
     Extra("wandb", ("wandb",), "tracking.wandb; metrics.jsonl is always written"),
     Extra("swanlab", ("swanlab",), "tracking.swanlab; metrics.jsonl is always written"),
@@ -75,14 +62,6 @@ def doctor_text() -> str:
         else:
             lines.append(f"  {extra.name:<14}on")
     return "\n".join(lines)
-
-
-def version(distribution: str) -> str | None:
-    """Give the installed version of a package, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def import_problem(module: str) -> str:

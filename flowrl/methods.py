@@ -12,8 +12,10 @@ from flowrl.advantage.catalogue import METHODS as ADVANTAGE_METHODS
 from flowrl.advantage.method import Method
 from flowrl.advantage.pipeline import inputs_of, options_of
 from flowrl.config import engine
+from flowrl.credit.catalogue import METHODS as PROCESS
 from flowrl.errors import UserError
 from flowrl.objectives import METHODS as OBJECTIVE_METHODS
+from flowrl.objectives.actor_critic import METHODS as AC_FLOW
 from flowrl.objectives.differentiable.methods import METHODS as DIRECT_METHODS
 from flowrl.objectives.forward.methods import METHODS as FORWARD_METHODS
 
@@ -236,6 +238,7 @@ def entries() -> list[Entry]:
         *KERNELS,
         *GUIDANCE,
         *(_entry(method) for method in (*ADVANTAGE_METHODS, *OBJECTIVE_METHODS, *FORWARD_METHODS, *DIRECT_METHODS)),
+        *(_entry(method) for method in (*AC_FLOW, *PROCESS)),
     ]
     for name, target in registry.targets("method").items():
         method = registry.resolve("method", name)
@@ -292,6 +295,7 @@ objective nft objective.name=nft forward.old_rate=0.001 {plain}
 objective awm objective.name=awm {leash} {plain}
 objective orw objective.name=orw objective.kl.form=velocity objective.kl.weight=1.0 {plain}
 objective ram objective.name=ram {plain}
+objective ac_flow objective.name=ac_flow {plain}
 objective dpo_online objective.name=dpo_online {plain}
 objective dgpo objective.name=dgpo {plain}
 objective crd objective.name=crd objective.kl.form=velocity objective.kl.weight=0.01 {plain}
@@ -309,7 +313,10 @@ estimator dense_grpo advantage.name=dense_grpo credit.values=ode
 estimator stepwise advantage.name=stepwise credit.values=x0
 estimator tp_grpo advantage.name=tp_grpo credit.values=ode
 estimator seed_grpo advantage.name=seed_grpo rollout.seeds=4
-estimator gae advantage.name=gae credit.values=x0
+estimator gae advantage.name=gae credit.values=critic
+estimator t_ppo advantage.name=t_ppo credit.values=critic
+estimator pdppo advantage.name=pdppo credit.values=critic
+estimator poise advantage.name=poise credit.values=critic
 estimator open_reasoner_zero advantage.name=open_reasoner_zero credit.values=x0
 estimator ma_rlhf advantage.name=ma_rlhf credit.values=x0
 estimator mt_ppo advantage.name=mt_ppo credit.values=x0

@@ -134,7 +134,7 @@ class DiffusersAdapter:
         from flowrl.pipelines.lora import save_lora
 
         if self.has_lora:
-            save_lora(type(self.pipe), {self.network_name: self.network}, folder)
+            save_lora(type(self.pipe), self.network_name, self.network, folder)
         else:
             self.network.save_pretrained(f"{folder}/{self.network_name}", safe_serialization=True)  # type: ignore[operator]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,45 +39,12 @@ def lora_off(module: torch.nn.Module) -> Iterator[None]:
         module.enable_adapters()  # type: ignore[operator]
 
 
-def save_lora(pipeline_class: Any, modules: Mapping[str, torch.nn.Module], folder: str) -> None:
-    """Write ``pytorch_lora_weights.safetensors`` with rank and alpha, so that ``load_lora_weights(folder)`` takes it.
-
-    modules: the pipeline's networks that have LoRA, by name.
-    """
+def save_lora(pipeline_class: Any, module_name: str, module: torch.nn.Module, folder: str) -> None:
+    """Write ``pytorch_lora_weights.safetensors`` with rank and alpha, so that ``load_lora_weights(folder)`` takes it."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft.utils import get_peft_model_state_dict
 
-    layers = {}
-    for name, module in modules.items():
-        state = get_peft_model_state_dict(module)
-        layers[f"{name}_lora_layers"] = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    metadata = _collate_lora_metadata(dict(modules))
+    state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(module).items()}
+    layers = {f"{module_name}_lora_layers": state}
+    metadata = _collate_lora_metadata({module_name: module})
     pipeline_class.save_lora_weights(folder, safe_serialization=True, **layers, **metadata)
-
-
-def load_lora(pipe: Any, folder: str) -> None:
-    """Load ``pytorch_lora_weights.safetensors`` of a folder with the pipeline's own ``load_lora_weights``.
-
-    Raises UserError for a file that cannot be read, that changes a text encoder too (``lora_off`` would leave that in), or
-    that has no layer of this pipeline: diffusers would go on without it.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(folder) / "pytorch_lora_weights.safetensors"
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as safetensors ({error}); export or download it again") from error
-    spoken = [name for name in names if name.startswith("text_encoder")]
-    if spoken:
-        raise UserError(
-            f"{file}: changes a text encoder as well ({spoken[0]}); only LoRAs of the denoising network are judged"
-        )
-    try:
-        pipe.load_lora_weights(folder)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{file}: does not fit {type(pipe).__name__}: {error}") from error
-    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    if not any("lora_" in name for part in networks for name, _ in part.named_parameters()):
-        raise UserError(f"{file}: has no layer of {type(pipe).__name__}; it belongs to another model")

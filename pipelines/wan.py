@@ -33,22 +33,27 @@ class Experts(torch.nn.Module):
         return self.transformer.dtype  # type: ignore[return-value]
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, total: float, **inputs: Any
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        total: float,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = False,
     ) -> tuple[torch.Tensor]:
+        """As one network's; total: what a time of 1 is in ``timestep``."""
+        given = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
         high = timestep >= self.boundary * total
         if bool(high.all()) or not bool(high.any()):
             chosen = self.transformer if bool(high[0]) else self.transformer_2
-            return chosen(hidden_states=hidden_states, timestep=timestep, **inputs)  # type: ignore[no-any-return]
-        parts = {}
+            return chosen(*given, return_dict=False)  # type: ignore[no-any-return]
+        whole: torch.Tensor | None = None
         for network, rows in ((self.transformer, high), (self.transformer_2, ~high)):
-            own = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            parts[network] = rows, network(hidden_states=hidden_states[rows], timestep=timestep[rows], **own)[0]
-        whole = torch.empty_like(
-            hidden_states[:, : parts[self.transformer][1].shape[1]], dtype=parts[self.transformer][1].dtype
-        )
-        for rows, value in parts.values():
-            whole = whole.masked_scatter(rows.reshape(-1, *[1] * (value.ndim - 1)).expand_as(whole), value)
-        return (whole,)
+            value = network(*(None if x is None else x[rows] for x in given), return_dict=False)[0]
+            if whole is None:
+                whole = value.new_zeros(len(rows), *value.shape[1:])
+            whole = whole.index_put((rows.nonzero().flatten(),), value)
+        return (whole,)  # type: ignore[return-value]
 
 
 class WanAdapter(DiffusersAdapter):
@@ -165,7 +170,10 @@ class WanAdapter(DiffusersAdapter):
         from flowrl.pipelines.lora import save_lora
 
         if self.has_lora:
-            save_lora(type(self.pipe), dict(self.experts), folder)
+            # Two files of one layout; the second is for load_lora_weights(folder / "transformer_2", load_into_transformer_2=True).
+            for name, network in self.experts:
+                place = folder if name == "transformer" else f"{folder}/{name}"
+                save_lora(type(self.pipe), "transformer", network, place)
             return
         for name, network in self.experts:
             network.save_pretrained(f"{folder}/{name}", safe_serialization=True)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A labelled mixture in the plane for scripts/ctrl_study.py: exact velocity, soft labels, an offline classifier, three samplers."""
+"""A labelled mixture in the plane for scripts/ctrl_study.py: exact velocity, soft labels, a classifier, three samplers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flowrl.records import Conditioning, Prediction, Request, Schedule
 from flowrl.scoring.by_value import ScoredByValue
 
 MODES, CLASSES, SPREAD, WIDTH, LABELLED, STEPS = 6, 3, 0.35, 16, 2000, 10
+FEATURES = 3 + MODES
 ANGLES = torch.arange(MODES) * 2 * torch.pi / MODES
 CENTRES = 1.5 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 # A component shows the label of its place on the ring, modulo the classes, four times in five.
@@ -38,6 +39,11 @@ def base_velocity(x: Tensor, t: Tensor) -> Tensor:
     return (weight[..., None] * (slope[..., None] * apart - CENTRES)).sum(1)
 
 
+def features(x: Tensor, t: Tensor) -> Tensor:
+    """What the pre-trained model knows of a latent: place, time, and the share of each component. [B, FEATURES]."""
+    return torch.cat([x, t[:, None], shares(x, t)[0]], 1)
+
+
 def likelihood(x0: Tensor) -> Tensor:
     """Exact p(y | x0): [B, classes]."""
     return shares(x0, torch.zeros(len(x0)))[0] @ LABELS
@@ -51,14 +57,14 @@ def labelled(seed: int) -> tuple[Tensor, Tensor]:
     return x0, torch.multinomial(LABELS[mode], 1, generator=generator)[:, 0]
 
 
-def network(inputs: int, outputs: int, seed: int) -> nn.Sequential:
-    """A small network whose outputs are 0 at first."""
+def network(inputs: int, outputs: int, seed: int, zero: bool = True) -> nn.Sequential:
+    """A small network; with ``zero`` its outputs are 0 at first."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = nn.Sequential(nn.Linear(inputs, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, outputs))
-    last = made[4]
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    if zero:
+        nn.init.zeros_(made[4].weight)
+        nn.init.zeros_(made[4].bias)
     return made
 
 
@@ -97,15 +103,19 @@ class OfflineLikelihood(ScoredByValue):
 
 
 class Conditional(nn.Module):
-    """The exact velocity, and a network beside it that reads a condition vector and may be left out."""
+    """The exact velocity, and beside it what a condition vector changes in the output of a network, 0 for the vector 0."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.more, self.off = network(3 + WIDTH, 2, seed), False
+        self.more, self.off = network(FEATURES + WIDTH, 2, seed, zero=False), False
 
     def forward(self, x: Tensor, t: Tensor, pooled: Tensor) -> Tensor:
         made = base_velocity(x, t)
-        return made if self.off else made + self.more(torch.cat([x, t[:, None], pooled], 1))
+        if self.off:
+            return made
+        place = features(x, t)
+        none = torch.zeros_like(pooled)
+        return made + self.more(torch.cat([place, pooled], 1)) - self.more(torch.cat([place, none], 1))
 
 
 class PlaneAdapter:
@@ -159,16 +169,16 @@ def flow_matched(seed: int) -> nn.Module:
     """Classifier-free guidance's conditional model: flow matching on the labelled data, beside the exact velocity."""
     x0, y = labelled(seed)
     vectors = torch.eye(CLASSES)
-    made = network(3 + CLASSES, 2, seed)
+    made = network(FEATURES + CLASSES, 2, seed)
     generator = torch.Generator().manual_seed(2000 + seed)
 
     def loss(rows: Tensor) -> Tensor:
         t, noise = torch.rand(len(rows), generator=generator), torch.randn(len(rows), 2, generator=generator)
         x = (1 - t)[:, None] * x0[rows] + t[:, None] * noise
-        found = base_velocity(x, t) + made(torch.cat([x, t[:, None], vectors[y[rows]]], 1))
+        found = base_velocity(x, t) + made(torch.cat([features(x, t), vectors[y[rows]]], 1))
         return (found - (noise - x0[rows])).square().mean()
 
-    fit(list(made.parameters()), loss, 600, seed)
+    fit(list(made.parameters()), loss, 1500, seed)
     return made.requires_grad_(False)
 
 
@@ -178,7 +188,7 @@ def classifier_free(seed: int, label: int, scale: float) -> Callable[[Tensor, Te
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         vector = torch.eye(CLASSES)[label].expand(len(x), -1)
-        return base_velocity(x, t) + scale * made(torch.cat([x, t[:, None], vector], 1))
+        return base_velocity(x, t) + scale * made(torch.cat([features(x, t), vector], 1))
 
     return velocity
 

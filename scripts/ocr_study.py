@@ -4,7 +4,9 @@
 
 Renders words in several fonts and letter sizes, clean and degraded, dark on light and light on dark in turn, and pictures of
 noise alone; scores all of them with the rewards ``ocr`` (rapidocr, as one line of text and with detection) and
-``ocr_tesseract``. An engine that is not installed is recorded as not measured. Times are of one call with one picture.
+``ocr_tesseract``. An engine that is not installed is recorded as not measured. Times are of one call with one picture; where
+the load average is above the number of cores, wall times are upper bounds, and so are processor times, as onnxruntime's
+threads wait busily.
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ def main() -> None:
         sys.stderr.write(f"{label}: { ({k: v for k, v in results[label].items() if k != 'cells'}) }\n")
     record = {
         "command": f"python scripts/ocr_study.py --words {args.words} --seed {args.seed}", "version": __version__,
-        "seed": args.seed, "machine": machine(), "engines": versions(),
+        "seed": args.seed, "machine": machine(), "load_average": os.getloadavg(), "engines": versions(),
         "pictures": {
             "fonts": FONTS, "letter_px": SIZES, "degraded": {"noise_std": NOISE, "blur_px": BLUR}, "words": args.words,
         },

@@ -284,6 +284,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _TESTS + "test_seed_grpo_worked_numbers",
             "formula": _TESTS + "test_seed_grpo_against_a_loop",
             "identity": _TESTS + "test_one_seed_a_group_is_grpo",
+            "learned": "docs/results/credit/main.json",
         },
         call=seed_grpo,
     ),

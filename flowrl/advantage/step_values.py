@@ -305,6 +305,7 @@ METHODS: tuple[Method, ...] = (
             "reconstructed": _TESTS + "test_vgpo_worked_numbers",
             "formula": _TESTS + "test_vgpo_against_a_loop",
             "identity": _TESTS + "test_vgpo_reduces_to_grpo",
+            "learned": "docs/results/credit/main.json",
         },
         call=vgpo,
         exempt={
@@ -323,6 +324,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _TESTS + "test_gains_worked_numbers",
             "formula": _TESTS + "test_step_credit_against_a_loop",
             "identity": _TESTS + "test_gains_telescope",
+            "learned": "docs/results/credit/main.json",
         },
         call=dense_grpo,
     ),

@@ -16,8 +16,9 @@ from flowrl.comparison.planning import Planned, PlannedMethod, Request, prepare
 from flowrl.comparison.runs import DONE, Write, check_folder, finished, run_all, run_one, run_side_by_side
 from flowrl.config import ConfigError
 from flowrl.errors import UserError
-from flowrl.evaluation import comparison_page, report
+from flowrl.evaluation import comparison_page
 from flowrl.evaluation.comparison import MethodRuns, clip_note, compare_methods
+from flowrl.evaluation.page import save
 
 
 def compare(request: Request, command: str, write: Write, *, only: str | None = None) -> str:
@@ -85,10 +86,10 @@ def write_comparison(planned: Planned, out: Path, command: str) -> str:
     }  # fmt: skip
     grid = out / "grid.png"
     _grid(planned).save(grid)
-    report.save(out / "comparison.json", json.dumps(result, indent=1, allow_nan=False))
-    report.save(out / "comparison.md", comparison_page.markdown(result))
+    save(out / "comparison.json", json.dumps(result, indent=1, allow_nan=False))
+    save(out / "comparison.md", comparison_page.markdown(result))
     configs = {m.label: (Path(m.config.run_dir) / "config.yaml").read_text(encoding="utf-8") for m in planned.methods}
-    report.save(out / "compare.html", comparison_page.page(result, methods, grid, configs))
+    save(out / "compare.html", comparison_page.page(result, methods, grid, configs))
     return _text(result, out)
 
 

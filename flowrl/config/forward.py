@@ -12,7 +12,6 @@ from flowrl.config.families import family_of
 
 if TYPE_CHECKING:
     from flowrl.config.schema import Config
-    from flowrl.objectives.forward import ForwardForm
 
 OWN_TIMES = frozenset({"stable_diffusion", "sdxl"})
 """Families whose noise level is known at their own timesteps alone."""
@@ -186,5 +185,6 @@ def _preferences(config: Config) -> Iterator[str]:
 def needs(config: Config) -> tuple[bool, bool]:
     """(whether an iteration calls the old policy, whether it calls the reference), for an objective of this family."""
     o = config.objective
-    form: ForwardForm = registry.resolve("objective", o.name)[o.name]
-    return form.needs(o.loss, config.forward.anchor if o.kl.form != "none" else "")
+    form = registry.resolve("objective", o.name)[o.name]
+    found: tuple[bool, bool] = form.needs(o.loss, config.forward.anchor if o.kl.form != "none" else "")
+    return found

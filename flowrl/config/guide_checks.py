@@ -133,7 +133,8 @@ def _search(config: Config) -> Iterator[str]:
 
 def _compares(config: Config) -> Iterator[str]:
     for entry in config.evaluation.rewards or config.rewards:
-        if entry.duty == "train" and declared(entry.name, "scope") == "group":
+        ranked = any("rank" in step for step in entry.shaping)
+        if entry.duty == "train" and (ranked or declared(entry.name, "scope") in ("group", "pair")):
             yield (
                 f"search.reward: {entry.name} compares the members of a group, and candidates of a search are none; name a "
                 "process reward, or judge by other evaluation.rewards"

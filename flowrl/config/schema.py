@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from flowrl.config.condition import Condition
 from flowrl.config.direct import Direct
+from flowrl.config.distributed import Distributed
 from flowrl.config.evaluation import Measures
 from flowrl.config.forward import Forward
 from flowrl.config.guide import Euphonium, Guide, Search
@@ -407,3 +408,4 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
     search: Search = field(default_factory=Search)
+    distributed: Distributed = field(default_factory=Distributed)

@@ -21,6 +21,7 @@ from flowrl.config import (
     trajectory,
 )
 from flowrl.config.dialect import ConfigError
+from flowrl.config.distributed import distributed_problems
 from flowrl.config.families import family_of
 from flowrl.config.load import from_mapping
 from flowrl.config.render import to_mapping
@@ -65,14 +66,8 @@ def validate(config: Config, world_size: int = 1) -> list[str]:
     problems: list[str] = []
     for part in _CHECKS:
         problems += part(config)
-    groups = config.batch.groups
-    if groups >= 1 and groups % world_size:
-        fit = max(1, round(groups / world_size)) * world_size
-        problems.append(
-            f"batch.groups: {groups} groups cannot be shared out over {world_size} processes; "
-            f"use a multiple of {world_size}, such as {fit}"
-        )
-    return problems
+    groups, updates = config.batch.groups, config.objective.updates
+    return problems + list(distributed_problems(config.distributed, groups, updates, world_size))
 
 
 def check(config: Config, world_size: int = 1) -> Config:

@@ -36,7 +36,7 @@ METHODS = (
     Method(
         key="process_features",
         kind="reward",
-        paper_id="2602.11146",
+        paper_id="",
         title="a head on hidden states of the generator, modulated by time: one network call, no decoding",
         tier=3,
         evidence={

@@ -38,7 +38,8 @@ class Recent:
         self.keep = keep
         self.parts: list[dict[str, Tensor]] = []
 
-    def push(self, **rows: Tensor) -> None:
+    def push(self, rows: Mapping[str, Tensor]) -> None:
+        """Take in one iteration's rows; the oldest iteration beyond ``keep`` leaves."""
         self.parts = [*self.parts, {name: value.detach().clone() for name, value in rows.items()}][-self.keep :]
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class ValueCritic:
         """Values of latents by the averaged weights: float32 [N]."""
         parts = [
             critic_value(self.settings.loss, self.average(*rows), self.edges)
-            for rows in zip(x.split(_CHUNK), t.split(_CHUNK), text.split(_CHUNK), strict=True)
+            for rows in zip(*(torch.split(v, _CHUNK) for v in (x, t, text)), strict=True)
         ]
         return torch.cat(parts)
 

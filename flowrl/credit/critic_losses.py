@@ -31,7 +31,8 @@ def hl_gauss_target(target: Tensor, edges: Tensor, spread: float = 0.75) -> Tens
     width = edges[1] - edges[0]
     z = (edges - target.clamp(float(edges[0]), float(edges[-1]))[:, None]) / (spread * width * math.sqrt(2))
     mass = torch.special.erf(z).diff(dim=1)
-    return mass / mass.sum(1, keepdim=True)
+    made: Tensor = mass / mass.sum(1, keepdim=True)
+    return made
 
 
 def critic_value(kind: Kind, output: Tensor, edges: Tensor | None = None) -> Tensor:

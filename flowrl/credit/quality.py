@@ -110,7 +110,7 @@ def rank_correlation(value: Tensor, reward: Tensor, group: Tensor) -> float | No
     ``(concordant - discordant) / sqrt((pairs - ties in value) (pairs - ties in reward))``.
     """
     found = []
-    for number in group.unique().tolist():
+    for number in torch.unique(group).tolist():
         rows = group == number
         a, b = (_signs(x[rows]) for x in (value, reward))
         varied = float((a != 0).sum()) * float((b != 0).sum())

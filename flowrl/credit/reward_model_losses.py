@@ -106,8 +106,10 @@ def thurstone(
     z = gap / (2 * torch.as_tensor(_positive("variance", variance))).sqrt()
     if fidelity:
         won, lost = torch.special.log_ndtr(z), torch.special.log_ndtr(-z)
-        return 1 - outcome.sqrt() * (won / 2).exp() - (1 - outcome).sqrt() * (lost / 2).exp()
-    return -outcome * torch.special.log_ndtr(z) - (1 - outcome) * torch.special.log_ndtr(-z)
+        bounded: Tensor = 1 - outcome.sqrt() * (won / 2).exp() - (1 - outcome).sqrt() * (lost / 2).exp()
+        return bounded
+    loss: Tensor = -outcome * torch.special.log_ndtr(z) - (1 - outcome) * torch.special.log_ndtr(-z)
+    return loss
 
 
 def level_variance(t: Tensor, slope: float = 1.0, floor: float = 0.05) -> Tensor:

@@ -40,4 +40,5 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor, rul
         )
     # The floor keeps a prediction of exactly 0 at 0 in place of 0 / 0.
     length: Tensor = vector_norm(guided, dim=-1, keepdim=True).clamp_min(1e-20)
-    return guided * (vector_norm(conditional, dim=-1, keepdim=True) / length)
+    wanted: Tensor = vector_norm(conditional, dim=-1, keepdim=True)
+    return guided * (wanted / length)

@@ -130,6 +130,7 @@ h1 { font-size: 20px; }
 .facts tbody th { white-space: normal; }
 .facts th, .facts td { padding-right: 10px; }
 .picture img { max-width: 240%; }
+.bar svg { max-width: none; width: 640px; }
 .small { gap: 8px; }
 .small svg { max-width: calc(50% - 4px); }
 }

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flowrl.evaluation.run_files import RunFiles
+
 _KEY = re.compile(r"process/(?P<label>.+)/(?P<what>accuracy|tau|slope|left_out)/(?P<level>\d+)")
 
 
@@ -58,3 +60,10 @@ def process_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def process(runs: Sequence[RunFiles]) -> str:
+    """Make the report's section: a table for each run that has process rewards."""
+    found = [(run.label, process_table(run.metrics)) for run in runs]
+    parts = [f"<h3>{html.escape(label)}</h3>{table}" if len(runs) > 1 else table for label, table in found if table]
+    return "".join(parts) or '<p class="note">No process rewards.</p>'

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flowrl.errors import UserError
-from flowrl.evaluation import page, report_curves, report_outcome, report_run, report_watch
+from flowrl.evaluation import page, process_section, report_curves, report_outcome, report_run, report_watch
 from flowrl.evaluation.run_files import RunFiles, labels, read_run
 
 Section = Callable[[Sequence[RunFiles]], str]
@@ -24,6 +24,7 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Score against gold, diversity and KL", report_watch.against),
     ("Policy", report_curves.policy),
     ("Ratio, clipping and credit by step", report_curves.by_step),
+    ("Process rewards", process_section.process),
     ("Failures", report_watch.failures),
     ("Time and calls", report_run.cost),
     ("Configuration", report_run.configs),

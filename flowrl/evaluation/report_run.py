@@ -59,7 +59,7 @@ def cost(runs: Sequence[RunFiles]) -> str:
         shares = [(key.removeprefix("time/").removesuffix("_s"), value) for key, value in times.items()]
         if shares:
             title = f"{run.label}: seconds an iteration" + (f", {whole:.3g} in all" if whole else "")
-            parts.append(charts.stacked_bar(shares, title=title))
+            parts.append(f'<div class="wide bar">{charts.stacked_bar(shares, title=title)}</div>')
     keys = [key for key in all_keys(runs) if key.startswith(("calls/", "memory/"))]
     if keys:
         head = ["mean an iteration", *(swatch(run) for run in runs)]

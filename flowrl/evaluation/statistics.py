@@ -363,14 +363,10 @@ def table_lines(summary: Mapping[str, Any], side: str) -> list[tuple[str, tuple[
     lines += [(f"  {tag}", ("by_tag", tag, measure)) for tag in block["by_tag"]]
     for name, found in block.get("accuracy", {}).items():
         lines += _accuracy_lines(name, found)
-    diversity = block.get("diversity", {})
-    if diversity:
+    parts = [(name, network) for network, found in block.get("diversity", {}).items() for name in found if found[name]]
+    if parts:
         lines.append(("within prompts", ()))
-    return lines + [
-        (f"  {name} ({network})", ("diversity", network, name))
-        for network, parts in diversity.items()
-        for name in parts
-    ]
+    return lines + [(f"  {name} ({network})", ("diversity", network, name)) for name, network in parts]
 
 
 def _accuracy_lines(name: str, found: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:

@@ -32,6 +32,7 @@ _SHARED = {
     "formula": _FLOW + "test_loss_and_statistics_against_a_plain_loop",
     "identity": _FORMS + "test_methods_that_differ_in_the_rollout_alone_share_flow_grpo",
 }
+_MAIN = {"learned": "docs/results/credit/main.json"}
 METHODS: tuple[Method, ...] = (
     _objective(
         "flow_grpo",
@@ -45,7 +46,7 @@ METHODS: tuple[Method, ...] = (
             "learned": "docs/results/learning/flow_grpo-0.json",
         },
     ),
-    _objective("flow_grpo_fast", "2505.05470", 2, "Flow-GRPO-Fast: trained on a short random window", _SHARED),
+    _objective("flow_grpo_fast", "2505.05470", 2, "Flow-GRPO-Fast: trained on a short random window", _SHARED | _MAIN),
     _objective(
         "dance_grpo", "2505.07818", 2, "DanceGRPO: constant noise, shared start, a random part of the steps", _SHARED
     ),
@@ -59,7 +60,8 @@ METHODS: tuple[Method, ...] = (
             "exact": "tests/objectives/test_guard_facts.py::test_log_ratio_has_mean_zero_where_the_plain_one_has_minus_kl",
             "formula": _RATIOS + "test_each_form_is_its_sum_over_the_drawn_noise",
             "identity": _RATIOS + "test_on_policy_ratio_is_one_and_the_gradient_is_scaled_by_std",
-        },
+        }
+        | _MAIN,
     ),
     _objective(
         "tempflow",
@@ -70,7 +72,8 @@ METHODS: tuple[Method, ...] = (
             "exact": _WEIGHTS + "test_gradient_scale_of_each_step",
             "identity": _WEIGHTS + "test_weights_have_mean_one_over_what_is_trained",
             "reconstructed": _WEIGHTS + "test_worked_numbers",
-        },
+        }
+        | _MAIN,
     ),
     _objective(
         "flash_grpo",

@@ -44,7 +44,7 @@ def shaped_reward(
     if scale is not None:
         made = (value - scale[0]) / (scale[1] + eps)
     else:
-        _, place = group.unique(return_inverse=True)
+        _, place = torch.unique(group, return_inverse=True)
         filled = torch.where(known, value, 0.0)
 
         def sums(x: Tensor) -> Tensor:

@@ -53,19 +53,10 @@ class Conditioned:
             raise UserError(f"condition.tensor: this model has no {tensor!r}; use one of {', '.join(found)}")
         self.vectors = ClassVectors(attributes, found[tensor].shape[-1]).to(inner.device)
         inner.trainable().add_module("condition_vectors", self.vectors)
+        self.guidance_rule: GuidanceRule = inner.guidance_rule
+        self.guidance_boundary: float | None = inner.guidance_boundary
+        self.device: torch.device = inner.device
         self._off = False
-
-    @property
-    def guidance_rule(self) -> GuidanceRule:
-        return self.inner.guidance_rule
-
-    @property
-    def guidance_boundary(self) -> float | None:
-        return self.inner.guidance_boundary
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
 
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
         found = self.inner.encode(requests, negative)
@@ -133,6 +124,20 @@ class Conditioned:
 
     def add_lora(self, rank: int, alpha: float, groups: Sequence[str], seed: int) -> None:
         self.inner.add_lora(rank, alpha, groups, seed)
+
+    def load_lora(self, folder: str) -> None:
+        """The LoRA, and the class vectors where the folder has them."""
+        from safetensors.torch import load_file
+
+        self.inner.load_lora(folder)
+        file = Path(folder) / "condition.safetensors"
+        if file.is_file():
+            found = load_file(file)
+            if {name: len(table) for name, table in found.items()} != self.attributes:
+                raise UserError(f"{file}: its attributes are not those of condition.attributes; was that changed?")
+            with torch.no_grad():
+                for name, table in zip(self.attributes, self.vectors.tables, strict=True):
+                    table.copy_(found[name])
 
     def export(self, folder: str) -> None:
         """The LoRA, and the class vectors as condition.safetensors: one [classes, width] tensor an attribute."""

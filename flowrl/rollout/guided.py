@@ -184,7 +184,7 @@ def group_weights(log_weight: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     log_weight: float [B]; group: int64 [B]; valid: bool [B]. float32 [B].
     """
     made = torch.zeros(len(log_weight), dtype=torch.float64)
-    for g in group.unique().tolist():
+    for g in torch.unique(group).tolist():
         rows = (valid & (group == g)).nonzero().flatten()
         if len(rows):
             made[rows] = len(rows) * log_weight[rows].double().softmax(0)

@@ -75,9 +75,10 @@ class Policy:
 
     def _scale(self, t: Tensor) -> float | Tensor:
         """Guidance at times t [B]: one number, or [B] where there are two ranges."""
-        if self.guidance_low is None:
+        boundary = self.adapter.guidance_boundary if self.guidance_low is not None else None
+        if self.guidance_low is None or boundary is None:
             return self.guidance
-        low = t < self.adapter.guidance_boundary
+        low = t < boundary
         return torch.where(low, torch.full_like(t, self.guidance_low), torch.full_like(t, self.guidance))
 
     def predict(self, x: Tensor, step: Tensor, prompted: Prompted) -> Prediction:

@@ -13,7 +13,8 @@ class WandbTracker:
     """A run of wandb, with its files in ``folder/wandb``.
 
     mode: "offline" (upload with ``wandb sync``) or "online"; config: plain data shown beside the run; run_id: continue
-    that run, "" for a new one; a run that the caller has open already is left alone. wandb takes each iteration once: what a resumed run does again stays as it was.
+    that run, "" for a new one; a run that the caller has open already is left alone. wandb takes each iteration once:
+    what a resumed run does again stays as it was.
     Raises UserError where wandb is missing or refuses.
     """
 

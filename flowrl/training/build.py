@@ -55,6 +55,12 @@ def held_out_prompts(config: Config) -> list[PromptRow]:
     return read_prompts(Path(settings.prompts), settings.format)[: settings.count]
 
 
+def judged_prompts(config: Config) -> list[PromptRow]:
+    """The evaluation prompts, each with its attributes where ``condition`` has any."""
+    rows = held_out_prompts(config)
+    return in_turn(rows, config.condition.attributes) if config.condition.attributes else rows
+
+
 def evaluation_rewards(config: Config, training: RewardRuntime) -> RewardRuntime:
     """The evaluation's own rewards, or those of training where it names none; and gold in either case."""
     if not config.evaluation.rewards:
@@ -93,10 +99,9 @@ def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Train
     Prompts and rewards are read before the model, so that their errors come first.
     """
     rows, row_weights = training_prompts(config)
-    held_out = held_out_prompts(config)
+    held_out = judged_prompts(config)
     if config.condition.attributes:
         rows, row_weights = multiply_out(rows, row_weights, config.condition.attributes)
-        held_out = in_turn(held_out, config.condition.attributes)
     rewards = RewardRuntime(config.rewards, config.failures)
     judged_by = evaluation_rewards(config, rewards)
     networks = load_features(config.evaluation.features) if backend.leads else {}

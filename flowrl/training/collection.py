@@ -233,7 +233,9 @@ class Collector:
                 columns.append(torch.full((len(trajectory),), torch.nan, dtype=torch.float64))
                 continue
             if self.process is not None and self.config.credit.values == "process":
-                columns.append(self._process_at(self.process, slot, where.after, trajectory, prompted, row, outcome, facts))
+                columns.append(
+                    self._process_at(self.process, slot, where.after, trajectory, prompted, row, outcome, facts)
+                )
             else:
                 columns.append(self._values_at(slot, where.after, trajectory, prompted, row, requests))
         if self.process is not None and self.config.credit.values == "process":
@@ -259,7 +261,7 @@ class Collector:
                 t = self.policy.schedule.t[k].expand(len(rows))
                 found[here] = credited_values(
                     process, x[rows].float(), t, prompted[row[rows]], place, outcome[here], trajectory.group_id[here],
-                    facts, self.config.batch.micro_batch,
+                    facts=facts, chunk=self.config.batch.micro_batch,
                 )  # fmt: skip
         return found
 

@@ -99,7 +99,8 @@ class CreditCritic:
             critic.judge(*(backend.gather(v.flatten().contiguous()) for v in (value, outcome, t.cpu())))
             returns = lambda_returns(value, target, critic.settings.lam) if count else outcome
             if count:
-                self.recent[name].push(x=flat[0], t=flat[1], text=flat[2], target=returns.flatten().to(x.device))
+                seen = {"x": flat[0], "t": flat[1], "text": flat[2], "target": returns.flatten().to(x.device)}
+                self.recent[name].push(seen)
             metrics[f"{name}/loss"] = self._fit(name, visit, number)
             metrics |= critic.as_metrics(name)
             say_stopped(critic, before[number], f"critic: {name}")
@@ -129,6 +130,14 @@ class CreditCritic:
         flat = (x.flatten(0, 1).float(), step.flatten(), trajectory.value.flatten(0, 1))
         mean = self.policy.made_of(*flat, trajectory.kind).mean.reshape(x.shape)
         return mean.float(), self.policy.schedule.t[step + 1]
+
+    def replicas(self) -> dict[str, Tensor]:
+        """The networks' parameters, by name."""
+        return {
+            f"{name}.{own}": parameter
+            for name, critic in self.critics.items()
+            for own, parameter in critic.network.named_parameters()
+        }
 
     def state(self) -> dict[str, Any]:
         return {

@@ -13,13 +13,14 @@ from flowrl.checkpoint import store
 from flowrl.config.rewards import judging
 from flowrl.config.schema import Config
 from flowrl.distributed.backend import Backend
+from flowrl.errors import UserError
 from flowrl.evaluation.features import load_features
 from flowrl.evaluation.paired import Evaluated, evaluate
 from flowrl.evaluation.results import write_results
 from flowrl.evaluation.sources import Source
 from flowrl.protocols import PipelineAdapter
 from flowrl.scoring.runtime import RewardRuntime
-from flowrl.training.build import bare_adapter, held_out_prompts, load_adapter
+from flowrl.training.build import bare_adapter, judged_prompts, load_adapter
 from flowrl.training.run import machine
 from flowrl.training.search import searching_of
 from flowrl.training.weights import Weights, snapshot_reference
@@ -47,7 +48,7 @@ def evaluate_source(
     """
     config = source.config
     networks = load_features(config.evaluation.features) if backend.leads else {}
-    prompts = held_out_prompts(config)
+    prompts = judged_prompts(config)
     with RewardRuntime(judging(config), config.failures) as rewards:
         judges = rewards.for_evaluation()
         if config.threads:
@@ -85,6 +86,10 @@ def load_subject(source: Source, device: torch.device, write: Callable[[str], ob
     config = source.config
     if source.kind in ("run", "checkpoint"):
         return _trained(source, config, device, write)
+    if source.kind == "lora" and config.condition.attributes:
+        raise UserError(
+            f"{source.path}: a LoRA lacks the vectors of condition.attributes; evaluate the run or a checkpoint"
+        )
     adapter = bare_adapter(config, device)
     if source.kind == "lora":
         adapter.load_lora(str(source.path))

@@ -47,7 +47,7 @@ def of_guide(trajectory: Trajectory, backend: Backend) -> dict[str, Any]:
     row: dict[str, Any] = {"guide/failed": int(failed), "guide/pull": pull / count if count else None}
     if bool((trajectory.log_weight != 0).any()):
         weights = group_weights(trajectory.log_weight, trajectory.group_id, sound)
-        groups = [weights[(trajectory.group_id == g) & sound] for g in trajectory.group_id.unique()]
+        groups = [weights[(trajectory.group_id == g) & sound] for g in torch.unique(trajectory.group_id)]
         shares = [float(effective_size(w)) / len(w) for w in groups if len(w)]
         row["guide/effective_size"] = sum(shares) / len(shares) if shares else None
     return row

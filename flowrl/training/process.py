@@ -118,7 +118,7 @@ def _known(reward: ProcessReward) -> tuple[int, Sequence[tuple[float, int]]]:
 
 def credited_values(
     process: ProcessSet, x: Tensor, t: Tensor, prompted: Prompted, place: Tensor, outcome: Tensor, group: Tensor,
-    facts: dict[str, Any], chunk: int,
+    *, facts: dict[str, Any], chunk: int,
 ) -> Tensor:  # fmt: skip
     """Values of one state of every sample: float64 [B], NaN where a process reward failed.
 
@@ -145,7 +145,7 @@ def credited_values(
 
 def group_mean(outcome: Tensor, group: Tensor) -> Tensor:
     """Each sample's group mean over known outcomes: float64 [B], NaN in a group that has none."""
-    _, index = group.unique(return_inverse=True)
+    _, index = torch.unique(group, return_inverse=True)
     known = outcome.isfinite()
     total = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(
         0, index, torch.where(known, outcome, 0.0)

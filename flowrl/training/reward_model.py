@@ -103,7 +103,8 @@ def draw_samples(trainer: Trainer, iterations: int, write: Callable[[str], objec
         write(f"batch {number + 1} of {iterations}: mean score {float(score.nanmean()):.4f}")
     names = parts[0].conditioning.tensors
     joined = Conditioning({name: torch.cat([p.conditioning.tensors[name] for p in parts]) for name in names})
-    return Samples(*(torch.cat([vars(p)[name] for p in parts]) for name in ("x0", "score", "group")), joined)
+    x0, score, group = (torch.cat([vars(p)[name] for p in parts]) for name in ("x0", "score", "group"))
+    return Samples(x0, score, group, joined)
 
 
 class RewardModelTrainer:
@@ -137,7 +138,7 @@ class RewardModelTrainer:
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Groups that train and groups that judge."""
-        groups = self.samples.group.unique().tolist()
+        groups = torch.unique(self.samples.group).tolist()
         order = rng.permutation(rng.key(self.settings.seed, 0, stream="sampler"), len(groups))
         held = max(1, round(self.settings.held_out * len(groups)))
         if held >= len(groups):
@@ -201,7 +202,7 @@ class RewardModelTrainer:
         chosen = [self.training_groups[i] for i in rng.permutation(seed, len(self.training_groups))[: s.groups]]
         rows = torch.isin(self.samples.group, torch.tensor(chosen)).nonzero().flatten()
         samples = self.samples[rows[self.samples.score[rows].isfinite()]]
-        order, place = samples.group.unique(return_inverse=True)
+        order, place = torch.unique(samples.group, return_inverse=True)
         times = stratified_times(seed, len(order))[place]  # a group shares its time, so its pairs share their level
         x, t = self.noised(samples, times, seed + 1)
         output, level = self.output(samples, x, t), noise_level(t, s.levels)
@@ -227,7 +228,7 @@ class RewardModelTrainer:
             inside = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed + level))
             x, t = self.noised(own, (level + 0.05 + 0.9 * inside) / self.settings.levels, seed + 1000 + level)
             begin = time.perf_counter()
-            chunks = [self.output(own[part], x[part], t[part]).cpu() for part in torch.arange(len(x)).split(256)]
+            chunks = [self.output(own[part], x[part], t[part]).cpu() for part in torch.split(torch.arange(len(x)), 256)]
             seconds.append(time.perf_counter() - begin)
             parts.append(torch.cat(chunks))
             times.append(t)

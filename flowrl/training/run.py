@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowrl import __version__, doctor
+from flowrl import __version__
 from flowrl.checkpoint import store
 from flowrl.checkpoint.signals import StopSignals
 from flowrl.config.render import config_hash, to_mapping, to_yaml
@@ -20,6 +20,7 @@ from flowrl.evaluation.paired import Evaluated, evaluate
 from flowrl.evaluation.report import write_report
 from flowrl.evaluation.results import write_results
 from flowrl.evaluation.statistics import bootstrap_mean
+from flowrl.performance.environment import CORE, version
 from flowrl.scoring import alarm
 from flowrl.tracking import Trackers, open_trackers
 from flowrl.tracking.jsonl import JsonLines, cut_after
@@ -133,7 +134,7 @@ class Run:
     def write_environment(self) -> None:
         """Write environment.json: what the run, or its last part, was made with."""
         if self.leads:
-            packages = {name: doctor.version(name) or "missing" for name in doctor.CORE}
+            packages = {name: version(name) or "missing" for name in CORE}
             found = {"flowrl": __version__, **machine(), "processes": self.trainer.backend.world, "packages": packages}
             (self.folder / "environment.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -11,6 +11,7 @@ import torch
 from flowrl.config.schema import Config
 from flowrl.data.sampler import draw_groups
 from flowrl.distributed.backend import Backend
+from flowrl.distributed.replicas import check_models, check_replicas
 from flowrl.dynamics.kernels import check_kernel
 from flowrl.performance.counting import CallCounter
 from flowrl.performance.timers import Stopwatch
@@ -90,6 +91,7 @@ class Trainer:
         self.collector.process, self.collector.critics = self.process, self.critics
         self.collector.guide = guide_of(config, self.process)
         self.observer: Observer | None = None
+        check_models(dict(adapter.trainable().named_parameters()), self.backend)
 
     @property
     def seed(self) -> int:
@@ -104,6 +106,7 @@ class Trainer:
         self.counter.reset()
         row: dict[str, Any] = {"iteration": self.iteration + 1}
         row |= self._from_rollout() if self.learner.needs_rollout else self.learner.learn_from(self._draw())
+        check_replicas(self.replicas(), self.backend)
         self.iteration += 1
         row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory()
         row |= {"update/skipped": self.skipped.total, "update/count": self.updates}
@@ -136,7 +139,7 @@ class Trainer:
         drawn = draw_groups(self.seed, self.iteration, config.batch.groups, len(self.rows), self.row_weights)
         drawn = self.budget.draw(drawn, self.seed, self.iteration)
         sizes = self.budget.sizes(drawn)
-        mine = list(self.backend.share(len(drawn)))
+        mine = list(self.backend.share(len(drawn), config.objective.updates))
         return Draw([drawn[i] for i in mine], sizes[mine], Visit(self.seed, self.iteration, self.updates))
 
     def _collect(self) -> Collected:
@@ -158,8 +161,7 @@ class Trainer:
         element = credit.loss_mask[mine] & gathered.chosen[mine, None]
         if collected.values is not None and not collected.values.open and config.critic.closed == "wait":
             element = torch.zeros_like(element)
-        place = trajectory.group_id - trajectory.group_id.min()
-        part = place * config.objective.updates // (config.batch.groups // self.backend.world)
+        part = trajectory.group_id % config.batch.groups * config.objective.updates // config.batch.groups
         score = torch.where(gathered.valid, gathered.scores, torch.nan)[mine]
         return TrainingBatch(
             trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.weight[mine], element, part,
@@ -193,6 +195,13 @@ class Trainer:
             self.weights.average(self.updates)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def replicas(self) -> dict[str, torch.Tensor]:
+        """Trained tensors of which every process has a copy, by name: weights, their average, critics."""
+        own = self.weights
+        averages = {f"average of {name}": shadow for name, shadow in zip(own.names, own.shadow, strict=False)}
+        critics = {} if self.critics is None else self.critics.replicas()
+        return dict(zip(own.names, own.parameters, strict=True)) | averages | critics | self.learner.replicas()
 
     # -- state -----------------------------------------------------------------------------------------------------
 

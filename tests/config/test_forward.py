@@ -54,7 +54,7 @@ REFUSED = {
     ("awm", "forward.low=0.5 forward.high=0.5"): "forward.low, forward.high: 0.5 and 0.5 are no part of [0, 1]; use 0 <= low "
     "< high <= 1",
     ("nft", "forward.old_limit=1"): "forward.old_limit: 1.0 is out of range; use at least 0 and less than 1",
-    ("nft", "advantage.name=branch_grpo"): "advantage.name: branch_grpo reads node_path of transitions, and nft has none; use "
+    ("nft", "advantage.name=branch_grpo"): "advantage.name: branch_grpo reads node of transitions, and nft has none; use "
     "grpo, dr_grpo, rloo or gdpo",
     ("nft", "data.preferences=pairs.jsonl"): "data.preferences: objective.name=nft draws its own samples; remove it, or use "
     "objective.name=dpo",

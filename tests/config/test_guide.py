@@ -39,7 +39,7 @@ def test_what_is_asked_for_rightly_is_taken() -> None:
         ((*GUIDED, "rollout.guide.mode=exact_tilt"), "rollout.guide.first: exact_tilt has no share at pure noise"),
         ((*GUIDED, "rollout.guide.mode=exact_tilt", "rollout.guide.first=1", "rollout.solver=heun"),
          "rollout.solver: exact_tilt guides steps without noise too"),
-        ((*GUIDED, "rollout.guide.log_prob=guided"), "rollout.guide.log_prob: guided is learned from by objective.name=euphonium"),
+        ((*GUIDED, "rollout.guide.log_prob=guided"), "rollout.guide.log_prob: guided is learned from by"),
         ((*GUIDED, "rollout.guide.mode=langevin_weighted"), "rollout.guide.mode: langevin_weighted is learned from by"),
         ((*GUIDED, "objective.name=nft"), "rollout.guide: nft draws its samples without noise"),
         ((*OWN, "rollout.guide.log_prob=guided", "objective.ratio=normalised"), "objective.ratio: normalised compares means"),
@@ -57,7 +57,8 @@ def test_what_is_asked_for_rightly_is_taken() -> None:
         (("search.kind=particles", "search.scale=-1.0"), "search.scale: -1.0 would look for the worst"),
         (("search.kind=particles", "search.threshold=1.5"), "search.threshold: 1.5 is out of range"),
         (("search.kind=beam", "search.reward=mean"), "search.reward: no process reward has the label 'mean'"),
-        (("search.kind=beam", "rewards=[{name: pref_grpo}]"), "candidates of a search are none"),
+        (("search.kind=beam", "rewards=[{name: pref_grpo, args: {url: x, model: m}}]"), "candidates of a search are none"),
+        (("search.kind=beam", "rewards=[{name: jpeg, shaping: [{rank: {}}]}]"), "candidates of a search are none"),
     ],
 )  # fmt: skip
 def test_refusals(words: tuple[str, ...], message: str) -> None:

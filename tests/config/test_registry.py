@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flowrl import registry
+from flowrl.config.families import family_of
 from flowrl.errors import UserError
 
 PLUGIN = """
@@ -73,9 +74,7 @@ def test_tables_agree_with_the_catalogues() -> None:
         calls = {method.key: method.call for method in METHODS if method.kind == kind}
         assert {key: registry.resolve(name, key) for key in registry.names(name)} == calls
     assert registry.names("kernel") == sorted(KERNELS)
-    assert registry.names("objective") == sorted(
-        name for name, form in FORMS.items() if form.transforms or form.ratio == "policy_flow"
-    )
+    assert [name for name in registry.names("objective") if family_of(name) == "trajectory"] == sorted(FORMS)
     assert {name: registry.resolve("surrogate", name) for name in registry.names("surrogate")} == SURROGATES
     assert {name: registry.resolve("kernel", name) for name in KERNELS} == KERNELS
 

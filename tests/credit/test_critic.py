@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_hl_gauss_against_a_plain_loop() -> None:
     for i, y in enumerate([0.13, -0.9, 1.0]):
         sigma = 0.75 * 0.4
         phi = [0.5 * (1 + math.erf((float(e) - y) / (sigma * math.sqrt(2)))) for e in edges]
-        mass = [b - a for a, b in zip(phi, phi[1:], strict=False)]
+        mass = [b - a for a, b in pairwise(phi)]
         mass = [m / sum(mass) for m in mass]
         logits = output[i].tolist()
         log_z = math.log(sum(math.exp(v) for v in logits))
@@ -149,7 +151,7 @@ def test_state_goes_on_bit_for_bit() -> None:
     critic = ValueCritic(Critic(steps=3), 1, 0, seed=0)
     critic.fit(lambda step: gaussian_batch(step, 16), nothing)
     other = ValueCritic(Critic(steps=3), 1, 0, seed=99)
-    other.load(critic.state())
+    other.load(copy.deepcopy(critic.state()))
     for c in (critic, other):
         c.fit(lambda step: gaussian_batch(100 + step, 16), nothing)
     test = gaussian_batch(7, 16)
@@ -172,7 +174,7 @@ def test_first_weights_are_keyed_and_leave_the_global_generator_alone() -> None:
 def test_recent_rows_and_running_scale() -> None:
     recent = Recent(2)
     for value in (1.0, 2.0, 3.0):
-        recent.push(a=torch.full((4,), value), b=torch.arange(4.0))
+        recent.push({"a": torch.full((4,), value), "b": torch.arange(4.0)})
     assert len(recent) == 8
     drawn = recent.draw(draw_key(0, 0, 0), 64)
     assert set(drawn["a"].tolist()) == {2.0, 3.0} and torch.equal(drawn["a"], recent.draw(draw_key(0, 0, 0), 64)["a"])

@@ -72,6 +72,20 @@ def test_weighted_langevin_samples_stand_for_the_tilted_law(slope) -> None:
     assert variance == pytest.approx(0.8**2, rel=0.25)
 
 
+def test_weights_by_a_plain_loop() -> None:
+    """log w = [R(x_1, 1) + sum_k R(x_k after the ODE step, t_(k+1)) - R(x_k, t_k)] / beta."""
+    policy, reward = toy_policy(4, "dance_sde", 0.5), Linear(slope=lambda t: 1 - 0.6 * t)
+    made = draw(policy, guide_by(reward, "langevin_weighted", scale=0.7))
+    t = policy.adapter.grid
+    states = [*made.x.unbind(1), made.x_next[:, -1]]
+    value = lambda x, k: reward.score(x, t[k].expand(len(x)), None).values  # noqa: E731
+    total = value(states[0], 0)
+    for k, x in enumerate(states):
+        carried = x - (t[k] - t[k + 1]) * policy.adapter.network(x, t[k].expand(len(x))).detach()
+        total = total + value(carried, k + 1) - value(x, k)
+    torch.testing.assert_close(made.log_weight, 0.7 * total, rtol=1e-4, atol=1e-5)
+
+
 def test_zero_scale_asks_nothing_and_a_zero_gradient_changes_no_bit() -> None:
     policy = toy_policy(6)
     plain = draw(policy, shared=True)

@@ -27,7 +27,7 @@ RANKS = {
     "evaluation": 5,
     "training": 6,
     "text": 6,
-    "doctor": 6,
+    "doctor": 5,
     "cost": 5,
     "plan": 6,
     "methods": 6,

@@ -50,7 +50,7 @@ def toy_trainer(name: str, reward, steps: int = 8, **changes: Any) -> tuple[Trai
     network = Affine(torch.linspace(1, 0, steps + 1), 0.4, 0.8)
     base = PLAIN | {
         "rollout.steps": steps, "objective.name": name, "forward.times": "grid", "forward.draws": steps,
-        "batch.groups": 2, "batch.group_size": 64, "batch.micro_batch": 128, "optimizer.lr": 0.03,
+        "batch.groups": 2, "batch.group_size": 64, "batch.micro_batch": 128, "optimizer.lr": 0.05,
         "optimizer.schedule": "linear", "optimizer.max_grad_norm": 1e9, "objective.skip_silent": False,
     }  # fmt: skip
     adapter = AffineAdapter(network, (1, 1, 1))

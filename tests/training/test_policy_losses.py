@@ -112,8 +112,8 @@ def test_a_joint_loss_costs_forwards_only_off_policy(tiny_sd3: Path, passes: int
         ({"advantage.name": "lite_pp"}, "advantage.name: unknown advantage 'lite_pp'; did you mean lite_ppo?"),
         ({"advantage.options": {"dof": 1}}, "advantage.options: grpo: no option 'dof'; did you mean 'ddof'?"),
         (
-            {"advantage.name": "poise"},
-            "advantage.name: poise needs 'probe' (predicted reward of the row's own features)",
+            {"advantage.name": "v0"},
+            "advantage.name: v0 needs 'prompt_value' (predicted reward of the row's prompt)",
         ),
         ({"advantage.name": "ktae"}, "advantage.name: ktae has no meaning on denoising steps: "),
         ({"objective.loss": "gppoo"}, "objective.loss: unknown policy_loss 'gppoo'; did you mean gppo?"),

@@ -95,7 +95,7 @@ class ProcessSet:
 
     def _allowed(self, member: ProcessMember, t: float) -> bool:
         right, pairs = self.seen[member.label][int(noise_level(torch.tensor([t]), member.levels))].tolist()
-        return pairs < LEAST_PAIRS or right >= member.min_accuracy * pairs
+        return bool(pairs < LEAST_PAIRS or right >= member.min_accuracy * pairs)
 
     def values(self, x: Tensor, t: Tensor, prompted: Prompted) -> Combined:
         """Ask every credited member about latents that are all at one time. x: [B, ...]; t: float32 [B]."""

@@ -69,7 +69,7 @@ METHODS: tuple[Method, ...] = (
         {
             "exact": _EXACT + "test_adjoint_matching_reaches_the_linear_tilt",
             "formula": _ADJOINT + "test_loss_against_a_plain_loop_and_its_gradient",
-            "identity": _EXACT + "test_general_reward_on_a_mixture_reaches_the_tilted_law",
+            "identity": "tests/training/test_direct_tilt.py::test_general_reward_on_a_mixture_reaches_the_tilted_law",
         },
     ),
 )

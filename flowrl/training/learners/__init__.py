@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from flowrl.config.families import family_of
-from flowrl.training.learners.base import Bench, Draw, Learner, Reference
+from flowrl.training.learners.base import Bench, Draw, Learner
+from flowrl.training.update import Reference
 
 LEARNERS: Mapping[str, str] = MappingProxyType(
     {

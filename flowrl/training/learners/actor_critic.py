@@ -119,7 +119,7 @@ class ActorCriticLearner(ForwardLearner):
         x0 = batch.trajectory.x0
         here = known.to(x0.device)
         if bool(known.any()):
-            self.recent.push(x0=x0[here].float(), text=text[here], target=shaped[known].to(x0.device))
+            self.recent.push({"x0": x0[here].float(), "text": text[here], "target": shaped[known].to(x0.device)})
         if self.bench.backend.largest(int(not len(self.recent))):
             return None
 
@@ -143,6 +143,9 @@ class ActorCriticLearner(ForwardLearner):
         wide = (-1, *[1] * (x0.ndim - 1))
         x = interpolate(x0, x1, path[1].reshape(wide), path[2].reshape(wide))
         return CriticBatch(x, path[0], rows["text"], rows["target"])
+
+    def replicas(self) -> dict[str, Tensor]:
+        return super().replicas() | {f"critic.{name}": p for name, p in self.critic.network.named_parameters()}
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -103,6 +103,10 @@ class Learner:
         """Do an iteration without the trainer's rollout; returns metrics, ``score/mean`` among them."""
         raise NotImplementedError(f"{type(self).__name__} learns from a rollout")
 
+    def replicas(self) -> dict[str, Tensor]:
+        """Further tensors, by name, of which every process must hold the same after an iteration."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the policy's weights and optimizer: nested tensors and numbers, or nothing.
 

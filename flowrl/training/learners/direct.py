@@ -84,8 +84,10 @@ class DirectLearner(Learner):
     def _chunks(self, draw: Draw, update: int) -> Iterator[Chunk]:
         """The samples of one update, in calls of ``micro_batch``."""
         bench, config = self.bench, self.config
-        whole = len(draw.groups)
-        mine = [i for i in range(whole) if i * config.objective.updates // whole == update]
+        updates = config.objective.updates
+        mine = [
+            i for i, d in enumerate(draw.groups) if update_of(d.group_id, config.batch.groups, updates) == update
+        ]
         requests = [request_of(config, bench.rows[draw.groups[i].prompt_id]) for i in mine]
         first, place = first_of_each(torch.tensor([draw.groups[i].prompt_id for i in mine]))
         with bench.clock.phase("encode"):

@@ -278,8 +278,8 @@ def pack(rows: Tensor, group: Tensor, size: int) -> list[Tensor]:
 
 def whole_groups(parts: Sequence[Tensor], group: Tensor) -> bool:
     """Whether no group is spread over two parts; group: int64 [B]."""
-    seen = [group[rows].unique() for rows in parts]
-    return not seen or len(torch.cat(seen).unique()) == sum(len(ids) for ids in seen)
+    seen = [set(group[rows].tolist()) for rows in parts]
+    return len(set().union(*seen)) == sum(len(ids) for ids in seen)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class PreferenceLearner(ForwardLearner):
     def learn_from(self, draw: Draw) -> dict[str, Any]:
         visit, batch, backend = draw.visit, self.config.batch, self.bench.backend
         drawn = draw_groups(visit.seed, visit.iteration, batch.groups, len(self.pairs), None)
-        mine = [drawn[i] for i in backend.share(len(drawn))]
+        mine = [drawn[i] for i in backend.share(len(drawn), self.config.objective.updates)]
         with self.bench.clock.phase("encode"):
             x0 = torch.cat([self._encoded(d.prompt_id) for d in mine])
             prompted = self.bench.policy.encode([self.requests[d.prompt_id] for d in mine])
@@ -39,7 +39,7 @@ class PreferenceLearner(ForwardLearner):
         rows = len(x0)
         sign = torch.tensor([1.0, -1.0]).repeat(len(mine))[:, None]
         place = torch.arange(len(mine)).repeat_interleave(2)
-        part = place * self.config.objective.updates // (batch.groups // backend.world)
+        part = trajectory.group_id % batch.groups * self.config.objective.updates // batch.groups
         ones = torch.ones(rows, 1)
         made = TrainingBatch(trajectory, prompted, place, sign, ones, ones.bool(), part, visit=visit)
         return {"score/mean": None, "preference/pairs": batch.groups} | self.learn(made)

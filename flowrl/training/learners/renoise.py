@@ -75,12 +75,16 @@ class Renoiser:
     def draw(self, trajectory: Trajectory, seed: int, iteration: int, rows: Tensor, number: int) -> Noised:
         """Noise samples ``rows`` (int64 [N]) for the ``number``-th time."""
         ids = [trajectory.prompt_id, trajectory.occurrence, trajectory.member]
-        keys = [tuple(values) for values in torch.stack([i[rows] for i in ids], 1).tolist()]
+        keys: list[list[int]] = torch.stack([i[rows] for i in ids], 1).tolist()
         if self.shared:
-            keys = [(prompt, occurrence, 0) for prompt, occurrence, _ in keys]
-        times = [rng.uniform(rng.key(seed, iteration, *key, number, "timestep")) for key in keys]
+            keys = [[prompt, occurrence, 0] for prompt, occurrence, _ in keys]
+        times = [rng.uniform(rng.key(seed, iteration, key[0], key[1], key[2], number, "timestep")) for key in keys]
         x0 = trajectory.x0[rows].float()
-        x1 = rng.normal([rng.key(seed, iteration, *key, number, "renoise") for key in keys], x0.shape[1:], x0.device)
+        x1 = rng.normal(
+            [rng.key(seed, iteration, key[0], key[1], key[2], number, "renoise") for key in keys],
+            x0.shape[1:],
+            x0.device,
+        )
         t, alpha, sigma = self.path(times, number)
         wide = (-1, *[1] * (x0.ndim - 1))
         t, alpha, sigma = (v.to(x0.device) for v in (t, alpha.reshape(wide), sigma.reshape(wide)))
