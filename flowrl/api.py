@@ -49,10 +49,11 @@ def train(
     before a model is loaded; SystemExit with 143 or 130 after a stop signal, with a checkpoint on disk.
     """
     config = config if isinstance(config, Config) else load(config)
-    backend = _backend()
+    backend = _backend(config)
     config = _checked(config, backend)
     folder = Path(config.run_dir)
-    if (folder / "config.yaml").exists():
+    # Asked of all processes before any goes on, since the first is about to write that file.
+    if backend.largest(int((folder / "config.yaml").exists())):
         raise UserError(
             f"run_dir: {folder} already holds a run; choose another with run_dir=..., or continue it with "
             f"flowrl train --resume {folder}"
@@ -69,7 +70,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), callbacks: Sequenc
 
     folder = Path(folder)
     config = load(folder / "config.yaml", overrides)
-    backend = _backend()
+    backend = _backend(config)
     config = _checked(config, backend)
     root = folder / "checkpoints"
     loaded = store.load(root) if store.list_checkpoints(root) else None
@@ -99,7 +100,7 @@ def evaluate(
     found = find(source, overrides, config, out)
     named = ["--config", config] if config else []
     own = shlex.join(["flowrl", "eval", str(source), *named, *overrides])
-    backend = _backend()
+    backend = _backend(None)
     try:
         command = _command(found.path) if found.kind == "run" else own
         summary = evaluate_source(found, command, backend, _write)
@@ -137,10 +138,16 @@ def _checked(config: Config, backend: Any) -> Config:
     return config
 
 
-def _backend() -> Any:
+def _backend(config: Config | None) -> Any:
+    """The processes of a run, as many as its config asks for; it says how many there really are."""
     from flowrl.distributed.backend import Backend
 
-    return Backend()
+    if config is None:
+        return Backend()
+    backend = Backend(config.distributed.processes, config.distributed.timeout_s)
+    if backend.leads:
+        _write(f"running on {backend.describe()}")
+    return backend
 
 
 def _command(folder: Path) -> str:

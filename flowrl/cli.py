@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from flowrl import __version__
+from flowrl.distributed.launch import world_size
 from flowrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -193,22 +194,13 @@ def _load(source: str, overrides: Sequence[str]) -> Config:
     """A config that is right, with its prompt files read once, so that no mistake waits until a model is loaded."""
     from flowrl.config import check, load
 
-    config = check(load(source, overrides), _world_size())
+    config = check(load(source, overrides), world_size(os.environ))
     from flowrl.data.prompts import read_prompts
 
     for section in (config.data, config.evaluation):
         if not section.prompts.startswith("world/"):
             read_prompts(section.prompts, section.format)
     return config
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(
-            f"WORLD_SIZE is {text!r} in the environment; torchrun sets it to the number of processes, else unset it"
-        )
-    return int(text)
 
 
 def _run_folder(text: str | Path) -> Path:

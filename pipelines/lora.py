@@ -48,3 +48,37 @@ def save_lora(pipeline_class: Any, module_name: str, module: torch.nn.Module, fo
     layers = {f"{module_name}_lora_layers": state}
     metadata = _collate_lora_metadata({module_name: module})
     pipeline_class.save_lora_weights(folder, safe_serialization=True, **layers, **metadata)
+
+
+def load_lora(pipe: Any, folder: str) -> None:
+    """Load ``pytorch_lora_weights.safetensors`` of a folder with the pipeline's own ``load_lora_weights``.
+
+    Raises UserError for a file that cannot be read, that changes a text encoder too (``lora_off`` would leave that in), or
+    that has no layer of this pipeline: diffusers would go on without it.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError, safe_open
+
+    logging: Any = diffusers_logging
+    file = Path(folder) / "pytorch_lora_weights.safetensors"
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors ({error}); export or download it again") from error
+    spoken = [name for name in names if name.startswith("text_encoder")]
+    if spoken:
+        raise UserError(
+            f"{file}: changes a text encoder as well ({spoken[0]}); only LoRAs of the denoising network are judged"
+        )
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it says of every text encoder that there is nothing for it, which is as it should be
+    try:
+        pipe.load_lora_weights(folder)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{file}: does not fit {type(pipe).__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    if not any("lora_" in name for part in networks for name, _ in part.named_parameters()):
+        raise UserError(f"{file}: has no layer of {type(pipe).__name__}; it belongs to another model")

@@ -115,7 +115,7 @@ class Conditional(nn.Module):
             return made
         place = features(x, t)
         none = torch.zeros_like(pooled)
-        return made + self.more(torch.cat([place, pooled], 1)) - self.more(torch.cat([place, none], 1))
+        return made + (self.more(torch.cat([place, pooled], 1)) - self.more(torch.cat([place, none], 1)))
 
 
 class PlaneAdapter:

@@ -52,11 +52,6 @@ def draw_groups(
     return drawn
 
 
-def update_of(place: int, groups: int, updates: int) -> int:
-    """Number of the update, 0 to updates - 1, that the group at ``place`` among all processes' ``groups`` belongs to."""
-    return place % groups * updates // groups
-
-
 def _by_pass(seed: int, first: int, groups: int, count: int) -> list[int]:
     ids: list[int] = []
     for number in range(first // count, (first + groups - 1) // count + 1):

@@ -143,7 +143,7 @@ METHODS: tuple[Method, ...] = (
     _objective(
         "euphonium",
         "2602.04928",
-        2,
+        3,
         "Euphonium: guided samples, clipped surrogates of outcome and process rewards, guidance distilled into the network",
         {
             "exact": _EUPHONIUM + "test_distillate_of_the_exact_tilt_reaches_its_mean_without_a_reward",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flowrl.config.schema import Batch
 from flowrl.records import Prompted, Trajectory
 
 
@@ -16,6 +17,11 @@ class Visit:
     seed: int
     iteration: int
     policy_version: int
+
+
+def update_of(group_id: Tensor, batch: Batch, updates: int) -> Tensor:
+    """The update, 0 to updates - 1, that each group belongs to: int64, a contiguous part of all processes' groups each."""
+    return group_id % batch.groups * updates // batch.groups
 
 
 @dataclass(frozen=True)

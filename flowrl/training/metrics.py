@@ -33,31 +33,46 @@ def finite_rows(x: Tensor) -> Tensor:
     return torch.isfinite(x).flatten(1).all(1).cpu()
 
 
-def _mean(values: Tensor, mask: Tensor, backend: Backend) -> float | None:
-    total, count = (float(backend.total(v)) for v in (values[mask].double().sum(), mask.double().sum()))
-    return total / count if count else None
+class _Means:
+    """Means over the samples of all processes, by name, in two meetings of the processes however many names there are."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        self.sums[name] = (float(values[mask].double().sum()), float(mask.sum()))
+
+    def over(self, backend: Backend) -> dict[str, float | None]:
+        """Every name that any process has: a reward that failed in one process has no components there."""
+        names = backend.names(self.sums)
+        sums = torch.tensor([self.sums.get(name, (0.0, 0.0)) for name in names], dtype=torch.float64)
+        totals = backend.total(sums).tolist()
+        return {name: total / count if count else None for name, (total, count) in zip(names, totals, strict=True)}
 
 
 def of_rewards(scored: Scored, credit: Advantage, backend: Backend) -> dict[str, Any]:
     """Means over the valid samples of all processes, and how much signal the groups carry."""
     valid = torch.from_numpy(scored.valid)
-    row: dict[str, Any] = {"score/mean": _mean(torch.from_numpy(scored.scores), valid, backend)}
+    means, errors = _Means(), {}
+    means.add("score/mean", torch.from_numpy(scored.scores), valid)
+    invalid = {f"reward/{name}/invalid": int((~result.valid).sum()) for name, result in scored.per_reward.items()}
     for name, result in scored.per_reward.items():
         mask = torch.from_numpy(result.valid)
-        row[f"reward/{name}/mean"] = _mean(torch.from_numpy(result.scores), mask, backend)
-        row[f"reward/{name}/invalid"] = int(backend.total((~mask).sum()))
+        means.add(f"reward/{name}/mean", torch.from_numpy(result.scores), mask)
         error = next((text for text in result.errors if text), None)
         if error:
-            row[f"reward/{name}/error"] = error[:MAX_ERROR]
+            errors[f"reward/{name}/error"] = error[:MAX_ERROR]
         for part, values in result.components.items():
             have = mask & torch.from_numpy(np.isfinite(values))
-            row[f"reward/{name}/{part}"] = _mean(torch.from_numpy(values), have, backend)
+            means.add(f"reward/{name}/{part}", torch.from_numpy(values), have)
     for name, values in scored.shaped.items():
-        row[f"reward/{name}/shaped"] = _mean(torch.from_numpy(values), torch.from_numpy(np.isfinite(values)), backend)
+        means.add(f"reward/{name}/shaped", torch.from_numpy(values), torch.from_numpy(np.isfinite(values)))
     if scored.gated is not None:
-        row["score/gated"] = int(backend.total(torch.from_numpy(scored.gated).sum()))
-    row["score/invalid"] = int(backend.total((~valid).sum()))
-    row["score/invalid_fraction"] = row["score/invalid"] / int(backend.total(torch.tensor(len(valid))))
+        invalid["score/gated"] = int(scored.gated.sum())
+    invalid["score/invalid"] = int((~valid).sum())
+    *counts, whole = backend.total(torch.tensor([*invalid.values(), len(valid)])).tolist()
+    row: dict[str, Any] = means.over(backend) | dict(zip(invalid, counts, strict=True)) | errors
+    row["score/invalid_fraction"] = row["score/invalid"] / whole
     trained = credit.loss_mask.any(dim=1)
     row["group/live_fraction"] = float(credit.live[trained].float().mean()) if bool(trained.any()) else 0.0
     if credit.group_std is not None:

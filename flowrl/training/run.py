@@ -72,6 +72,8 @@ class Run:
         self.cut(self.trainer.iteration)
 
     def cut(self, iteration: int) -> None:
+        if not self.leads:
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_after(self.folder / name, iteration)
         if self.book is not None:
@@ -226,13 +228,13 @@ class Run:
         progress.phase("evaluating the tuned model")
         with self.trainer.weights.averaged():
             tuned = self.evaluate("tuned", self.parts.evaluation_prompts)
-        if not self.leads:
-            return
-        self.write_evaluation(base, tuned)
-        if self.book is not None:
-            self.book.finish(base, tuned)
-        progress.phase("report")
-        write_report([self.folder])
+        if self.leads:
+            self.write_evaluation(base, tuned)
+            if self.book is not None:
+                self.book.finish(base, tuned)
+            progress.phase("report")
+            write_report([self.folder])
+        self.trainer.backend.largest(0)  # nobody reads the folder before it is whole
 
     def write_evaluation(self, base: Evaluated, tuned: Evaluated) -> None:
         """samples.jsonl, features, grids/*.png and evaluation.json from two evaluations of the same prompts and noise."""

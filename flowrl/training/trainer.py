@@ -21,7 +21,7 @@ from flowrl.rollout.policy import Policy
 from flowrl.rollout.requests import request_of
 from flowrl.scoring.runtime import RewardRuntime
 from flowrl.training import learners, metrics
-from flowrl.training.batch import TrainingBatch, Visit
+from flowrl.training.batch import TrainingBatch, Visit, update_of
 from flowrl.training.budget import Budget
 from flowrl.training.collection import Collected, Collector
 from flowrl.training.credit import assign, gather, takes_channels
@@ -161,7 +161,7 @@ class Trainer:
         element = credit.loss_mask[mine] & gathered.chosen[mine, None]
         if collected.values is not None and not collected.values.open and config.critic.closed == "wait":
             element = torch.zeros_like(element)
-        part = trajectory.group_id % config.batch.groups * config.objective.updates // config.batch.groups
+        part = update_of(trajectory.group_id, config.batch, config.objective.updates)
         score = torch.where(gathered.valid, gathered.scores, torch.nan)[mine]
         return TrainingBatch(
             trajectory, collected.prompted, collected.row, credit.advantage[mine], credit.weight[mine], element, part,

@@ -85,7 +85,8 @@ def chunks(batch: TrainingBatch, minibatch: int, size: int, skip_silent: bool) -
     chosen = batch.mask & (batch.minibatch == minibatch)
     if skip_silent:
         chosen = chosen & batch.signal
-        return list(torch.split(chosen.nonzero().flatten(), size))
+        # Splitting nothing gives one empty part, and a process without a live row has nothing to call.
+        return [part for part in torch.split(chosen.nonzero().flatten(), size) if len(part)]
     # Whole chunks as the rollout made them: equal batch shapes give equal numbers, and masked rows weigh nothing.
     rows = (batch.minibatch == minibatch).nonzero().flatten()
     return [part for part in torch.split(rows, size) if bool(chosen[part].any())]
@@ -128,7 +129,7 @@ def accumulate(
         )
     objective = method.settings
     joint = None
-    if method.joint:
+    if method.joint and parts:
         joint = losses.whole(method, policy_log_probs(policy, batch, parts, on_policy), batch, parts, weight)
     for number, rows in enumerate(parts):
         for k in range(trajectory.old_log_prob.shape[1]):

@@ -89,7 +89,7 @@ CASES = [
     Case(
         "wrong_level",
         ["train", "my.yaml"],
-        one_problem("lr (my.yaml:2): unknown key; did you mean optimizer.lr?"),
+        one_problem("lr (my.yaml:2): unknown key; did you mean critic.lr or optimizer.lr?"),
         files={"my.yaml": "base: demo\nlr: 1e-3\n"},
     ),
     Case(
@@ -97,8 +97,9 @@ CASES = [
         ["train", "my.yaml"],
         one_problem(
             "zzz (my.yaml:2): unknown key; a recipe takes run_dir, seed, iterations, threads, model, data, "
-            "batch, rollout, credit, advantage, objective, optimizer, ema, rewards, failures, alarm, evaluation, checkpoint, "
-            "tracking"
+            "batch, rollout, process, critic, actor_critic, credit, advantage, objective, direct, euphonium, forward, "
+            "neighbours, condition, optimizer, ema, rewards, failures, alarm, evaluation, checkpoint, tracking, search, "
+            "distributed"
         ),
         files={"my.yaml": "base: demo\nzzz: 1\n"},
     ),
@@ -149,7 +150,7 @@ CASES = [
         ["train", "my.yaml"],
         one_problem(
             "rollout (my.yaml:2): expected a section with steps, kernel, window, share_prefix, seeds, "
-            "splits, children, solver, guidance, cfg_gradient, storage_dtype, found nothing (null)"
+            "splits, children, solver, guidance, guidance_low, cfg_gradient, storage_dtype, guide, found nothing (null)"
         ),
         files={"my.yaml": "base: demo\nrollout:\n"},
     ),
@@ -158,7 +159,7 @@ CASES = [
         ["train", "my.yaml"],
         one_problem(
             "rollout (my.yaml:2): expected a section with steps, kernel, window, share_prefix, seeds, "
-            "splits, children, solver, guidance, cfg_gradient, storage_dtype, found 8 (a whole number)"
+            "splits, children, solver, guidance, guidance_low, cfg_gradient, storage_dtype, guide, found 8 (a whole number)"
         ),
         files={"my.yaml": "base: demo\nrollout: 8\n"},
     ),

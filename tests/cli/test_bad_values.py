@@ -180,14 +180,15 @@ CASES = [
     (
         "unknown_objective",
         ["objective.name=cowboy"],
-        "objective.name: unknown objective 'cowboy'; use one of dance_grpo, ddpo, dpok, flash_grpo, flow_dppo, flow_grpo, "
-        "flow_grpo_fast, grpo_guard, mix_grpo, pcpo, policy_flow, tempflow",
+        "objective.name: unknown objective 'cowboy'; use one of ac_flow, adjoint_matching, alignprop, awm, crd, ctrl, "
+        "dance_grpo, ddpo, dgpo, dpo, dpo_online, dpok, draft, draft_lv, euphonium, flash_grpo, flow_dppo, flow_grpo, "
+        "flow_grpo_fast, grpo_guard, mix_grpo, neighbor_grpo, nft, orw, pcpo, policy_flow, ram, refl, tempflow",
     ),
     (
         "unknown_adapter",
         ["model.adapter=sd"],
-        "model.adapter: unknown pipeline 'sd'; did you mean sd3? Known are sd3, stable_diffusion, "
-        "package.module:name or path/to/file.py:name",
+        "model.adapter: unknown pipeline 'sd'; did you mean sd3? Known are flux, flux_kontext, qwen_image, sd3, sdxl, "
+        "stable_diffusion, wan, wan_image, package.module:name or path/to/file.py:name",
     ),
     (
         "model_path2",

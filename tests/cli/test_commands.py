@@ -137,7 +137,7 @@ def test_methods_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(list(row) == keys for row in rows)
     gae = next(row for row in rows if row["key"] == "gae")
     assert gae["inputs"][:3] == ["step_reward", "value", "mask"] and gae["options"]["lam"]
-    assert gae["config"] == "advantage.name=gae credit.values=x0" and gae["refusal"] == ""
+    assert gae["config"] == "advantage.name=gae credit.values=critic" and gae["refusal"] == ""
     hae = next(row for row in rows if row["key"] == "hae")
     assert hae["config"] == "" and hae["refusal"].startswith("hae needs 'value_high'")
 

@@ -11,7 +11,9 @@ import pytest
 from flowrl.config import Config, ConfigError, from_mapping, load, recipes, replace, to_mapping
 from flowrl.config.build import build, fields_of
 from flowrl.config.dialect import parse
+from flowrl.config.evaluation import FeatureEntry
 from flowrl.config.load import parse_arguments
+from flowrl.config.process import ProcessEntry
 from flowrl.config.schema import RewardEntry
 from flowrl.errors import UserError
 
@@ -31,25 +33,35 @@ SETTINGS = settings()
 IDS = [name for name, _ in SETTINGS]
 
 
+OTHERS: dict[Any, Any] = {
+    tuple[int, ...]: (1, 2),
+    tuple[str, ...]: ("other",),
+    tuple[float, float]: (0.25, 0.75),
+    tuple[RewardEntry, ...]: (RewardEntry(name="other", weight=0.5, args={"k": [1, "two", None]}),),
+    tuple[ProcessEntry, ...]: (ProcessEntry(name="other", weight=0.5),),
+    tuple[FeatureEntry, ...]: (FeatureEntry(name="other"),),
+    dict[str, float]: {"colors": 2.5},
+    dict[str, int]: {"colors": 2},
+    dict[str, Any]: {"k": [1, "two", None]},
+    int: 7,
+    float: 0.125,
+    str: "other",
+}
+"""A value of each type of setting that no default has."""
+
+
 def other_value(annotation: Any, now: Any) -> Any:
     """A value of the right type that differs from ``now``."""
+    inside = get_args(annotation)
+    if annotation is bool:
+        return not now
     if get_origin(annotation) is Literal:
-        return next(option for option in get_args(annotation) if option != now)
-    if annotation == tuple[int, ...]:
-        return (1, 2)
-    if annotation == tuple[str, ...]:
-        return ("other",)
-    if annotation == tuple[float, float]:
-        return (0.25, 0.75)
-    if annotation == tuple[RewardEntry, ...]:
-        return (RewardEntry(name="other", weight=0.5, args={"k": [1, "two", None]}),)
-    if annotation == dict[str, float]:
-        return {"colors": 2.5}
-    if annotation == float | None:
-        return None if now is not None else 2.5
-    if annotation == dict[str, Any]:
-        return {"k": [1, "two", None]}
-    return {bool: not now, int: 7, float: 0.125, str: "other"}[annotation]
+        return next(option for option in inside if option != now)
+    if get_origin(annotation) is tuple and get_origin(inside[0]) is Literal:
+        return get_args(inside[0])[: 2 if len(now) == 1 else 1]
+    if type(None) in inside:
+        return None if now is not None else OTHERS[inside[0]]
+    return OTHERS[annotation]
 
 
 def value_at(config: Config, name: str) -> Any:
@@ -139,11 +151,12 @@ def test_options_are_a_mapping(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n, annotation in SETTINGS if annotation != dict[str, Any]])
 def test_every_wrong_type_is_refused(name: str) -> None:
-    wrong = {"a": "b"} if name == "data.tags" else {"a": 1}  # the one setting that is a mapping, of numbers
+    numbers = {"data.tags": "a number", "condition.attributes": "a whole number"}  # the settings that map names to numbers
+    wrong = {"a": "b"} if name in numbers else {"a": 1}
     with pytest.raises(ConfigError) as caught:
         from_mapping(nested(name, wrong))
-    if name == "data.tags":
-        assert caught.value.problems[0].startswith("data.tags.a: expected a number")
+    if name in numbers:
+        assert caught.value.problems[0].startswith(f"{name}.a: expected {numbers[name]}")
         return
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(f"{name}: expected ")

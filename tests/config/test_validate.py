@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ def errors(*overrides: str, world_size: int = 1) -> list[str]:
 
 @pytest.mark.parametrize("name", recipes())
 def test_shipped_recipes_are_right(name: str) -> None:
-    assert validate(load(name)) == []
+    """Nothing to say but, for the recipes of real models, that the user's own prompt files are not here."""
+    found = [
+        problem for problem in validate(load(name)) if not re.match(r"(data|evaluation)\.prompts: no file ", problem)
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(

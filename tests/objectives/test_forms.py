@@ -24,6 +24,7 @@ TABLE = {
     "pcpo": ("plain", "dt_std_over_slope", "pcpo", set()),
     "policy_flow": ("policy_flow", "none", "ppo", {"old_value"}),
     "neighbor_grpo": ("neighbours", "none", "ppo", {"neighbours"}),
+    "euphonium": ("plain", "none", "ppo", set()),
     "ddpo": ("plain", "none", "ppo", set()),
     "dpok": ("plain", "none", "dpok", {"reference"}),
 }
@@ -77,4 +78,4 @@ def test_every_form_is_in_the_methods_table() -> None:
     assert set(listed) == set(FORMS)
     guessed = {key for key, method in listed.items() if "reconstructed" in method.evidence}
     assert guessed == {key for key, method in listed.items() if method.tier == 3}
-    assert guessed == {"tempflow", "pcpo", "policy_flow", "neighbor_grpo"}
+    assert guessed == {"tempflow", "pcpo", "policy_flow", "neighbor_grpo", "euphonium"}

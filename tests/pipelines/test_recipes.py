@@ -11,7 +11,7 @@ import pytest
 from flowrl.pipelines import tiny, tiny_families
 
 from flowrl import api
-from flowrl.config import load, recipes
+from flowrl.config import check, load, recipes
 from flowrl.plan import plan_text
 from tests.pipelines.families import WORDS
 
@@ -84,7 +84,7 @@ def words_for(name: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", REAL)
 def test_it_dry_runs(name: str, tmp_path: Path) -> None:
     """The plan of the recipe at full size, with prompt files of the user's: no config error, and the memory is stated."""
-    text = plan_text(load(name, words_for(name, tmp_path)))
+    text = plan_text(check(load(name, words_for(name, tmp_path))))
     assert "network, an iteration" in text and "latents kept for the update" in text
 
 

@@ -56,7 +56,7 @@ CASES = {
     ),
     "picture size": (
         {"model.height": 37},
-        "model.height: 37 is not a multiple of 4, the autoencoder's scale",
+        "model.height: 37 is not a multiple of 4, which this model needs; use 36",
     ),
     "LoRA group": (
         {"model.lora.targets": ["attention", "norms"]},

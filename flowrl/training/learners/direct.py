@@ -26,6 +26,7 @@ from flowrl.rollout.requests import request_of
 from flowrl.rollout.sampling import first_of_each
 from flowrl.scoring.graded import Graded, GradedRewards
 from flowrl.scoring.runtime import RewardFailure
+from flowrl.training.batch import update_of
 from flowrl.training.learners.base import Bench, Draw, Learner
 
 
@@ -84,10 +85,8 @@ class DirectLearner(Learner):
     def _chunks(self, draw: Draw, update: int) -> Iterator[Chunk]:
         """The samples of one update, in calls of ``micro_batch``."""
         bench, config = self.bench, self.config
-        updates = config.objective.updates
-        mine = [
-            i for i, d in enumerate(draw.groups) if update_of(d.group_id, config.batch.groups, updates) == update
-        ]
+        number = update_of(torch.tensor([d.group_id for d in draw.groups]), config.batch, config.objective.updates)
+        mine = (number == update).nonzero().flatten().tolist()
         requests = [request_of(config, bench.rows[draw.groups[i].prompt_id]) for i in mine]
         first, place = first_of_each(torch.tensor([draw.groups[i].prompt_id for i in mine]))
         with bench.clock.phase("encode"):

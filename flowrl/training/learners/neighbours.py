@@ -69,7 +69,7 @@ class NeighbourLearner(Learner):
             raise ValueError("neighbor_grpo: this batch does not say which iteration it is of")
         trained = batch.mask & (batch.signal if self.config.objective.skip_silent else True)
         chosen = []
-        for group in t.group_id.unique().tolist():
+        for group in t.group_id.unique().tolist():  # type: ignore[no-untyped-call]
             rows = ((t.group_id == group) & trained).nonzero().flatten()
             if not len(rows):
                 continue
@@ -97,7 +97,7 @@ class NeighbourLearner(Learner):
             prompted = batch.prompted[batch.row[anchors]]
             moved = policy.step(t.x[anchors, k].float(), t.step[anchors, k], prompted, kernel="ode").mean
             found = []
-            for group in t.group_id[anchors].unique().tolist():
+            for group in t.group_id[anchors].unique().tolist():  # type: ignore[no-untyped-call]
                 members = self._members(batch, group, k)
                 if not len(members):
                     continue

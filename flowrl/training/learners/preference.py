@@ -12,7 +12,7 @@ from flowrl.data.preferences import load_pictures, read_preferences
 from flowrl.data.sampler import Drawn, draw_groups
 from flowrl.records import Request, Trajectory
 from flowrl.rollout.requests import request_of
-from flowrl.training.batch import TrainingBatch
+from flowrl.training.batch import TrainingBatch, update_of
 from flowrl.training.learners.base import Bench, Draw
 from flowrl.training.learners.forward import ForwardLearner
 
@@ -39,7 +39,7 @@ class PreferenceLearner(ForwardLearner):
         rows = len(x0)
         sign = torch.tensor([1.0, -1.0]).repeat(len(mine))[:, None]
         place = torch.arange(len(mine)).repeat_interleave(2)
-        part = trajectory.group_id % batch.groups * self.config.objective.updates // batch.groups
+        part = update_of(trajectory.group_id, batch, self.config.objective.updates)
         ones = torch.ones(rows, 1)
         made = TrainingBatch(trajectory, prompted, place, sign, ones, ones.bool(), part, visit=visit)
         return {"score/mean": None, "preference/pairs": batch.groups} | self.learn(made)
