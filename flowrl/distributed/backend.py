@@ -133,7 +133,7 @@ class Backend:
         for bucket in _buckets(parameters):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            summed = self._reduced(flat, torch.distributed.ReduceOp.SUM).split([p.numel() for p in bucket])
+            summed = torch.split(self._reduced(flat, torch.distributed.ReduceOp.SUM), [p.numel() for p in bucket])
             for parameter, part in zip(bucket, summed, strict=True):
                 parameter.grad = part.reshape(parameter.shape).clone()
 

@@ -8,6 +8,8 @@ from flowrl.errors import UserError
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """What mpirun and srun say of the number of processes; a run joins them only through WORLD_SIZE."""
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""Ways of splitting a model that accelerate launch can be asked for."""
 
 
 def world_size(environment: Mapping[str, str]) -> int:
@@ -38,6 +40,12 @@ def processes_of(environment: Mapping[str, str], wanted: int | None = None) -> i
             f"distributed.processes: {wanted} asked for, and the launcher started {world}; use torchrun --nproc_per_node "
             f"{wanted} scripts/train.py CONFIG, or distributed.processes={world}"
         )
+    for name, what in SHARDING.items():
+        if environment.get(name, "").lower() == "true":
+            raise UserError(
+                f"{name} is set: accelerate launch was asked for {what}, which flowrl does not do yet; every process holds a "
+                "whole copy of the model (DDP). Launch with configs/accelerate/ddp.yaml, or with torchrun"
+            )
     if world == 1 and wanted is None:
         _check_alone(environment)
     return world

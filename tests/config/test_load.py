@@ -151,7 +151,10 @@ def test_options_are_a_mapping(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n, annotation in SETTINGS if annotation != dict[str, Any]])
 def test_every_wrong_type_is_refused(name: str) -> None:
-    numbers = {"data.tags": "a number", "condition.attributes": "a whole number"}  # the settings that map names to numbers
+    numbers = {
+        "data.tags": "a number",
+        "condition.attributes": "a whole number",
+    }  # the settings that map names to numbers
     wrong = {"a": "b"} if name in numbers else {"a": 1}
     with pytest.raises(ConfigError) as caught:
         from_mapping(nested(name, wrong))

@@ -48,6 +48,8 @@ def test_the_number_of_processes(environment: Mapping[str, str], wanted: int | N
         ({"WORLD_SIZE": "0"}, None, "WORLD_SIZE is '0'"),
         ({"WORLD_SIZE": "two"}, None, "WORLD_SIZE is 'two'"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "these 2 processes do not know of each other"),
+        (TORCHRUN | {"ACCELERATE_USE_FSDP": "true"}, None, "asked for FSDP, which flowrl does not do yet"),
+        (TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"}, 2, "asked for DeepSpeed"),
         ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, None, "SLURM_STEP_NUM_TASKS is 8"),
     ],
 )

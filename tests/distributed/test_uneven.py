@@ -113,7 +113,9 @@ def scored(components: dict[str, Any]) -> Scored:
 def components_of_one() -> dict[str, Any]:
     backend = Backend()
     parts = {"é part": np.array([1.0, 2.0], np.float32)} if backend.rank == 1 else {}
-    credit = estimate("grpo", {"rewards": torch.tensor([1.0, 3.0]), "group": torch.tensor([0, 0])}, {}).over_steps(torch.ones(2, 1).bool())
+    credit = estimate("grpo", {"rewards": torch.tensor([1.0, 3.0]), "group": torch.tensor([0, 0])}, {}).over_steps(
+        torch.ones(2, 1).bool()
+    )
     row = metrics.of_rewards(scored(parts), credit, backend)
     return {"row": row, "after": backend.counts(backend.rank), "collectives": backend.collectives}
 

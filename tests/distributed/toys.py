@@ -56,7 +56,9 @@ def seen(trainer: Trainer, iterations: int) -> dict[str, Any]:
 
     trainer.observer = look
     metrics = [trainer.iterate() for _ in range(iterations)]
-    weights = {name: p.detach().clone() for name, p in trainer.adapter.trainable().named_parameters() if p.requires_grad}
+    weights = {
+        name: p.detach().clone() for name, p in trainer.adapter.trainable().named_parameters() if p.requires_grad
+    }
     return {"batches": kept, "metrics": metrics, "weights": weights}
 
 

@@ -68,13 +68,13 @@ def test_one_call_for_members_that_share_a_latent_keeps_the_gradient(tiny_sd3: P
     found = {}
     for shared in (True, False):
         trainer = make(small_config(tiny_sd3, **changes))
-        train = trainer._train
+        train = trainer.learner._train  # after the self-check, which compares with the rollout's own calls
 
         def alone(batch, train=train, shared=shared):
             trajectory = batch.trajectory if shared else replace(batch.trajectory, state=None)
             return train(replace(batch, trajectory=trajectory))
 
-        trainer._train = alone
+        trainer.learner._train = alone
         gradients: list[list[torch.Tensor]] = []
 
         def keep(trainer=trainer, gradients=gradients, step=trainer._step) -> float:
