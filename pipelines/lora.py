@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def save_lora(pipeline_class: Any, module_name: str, module: torch.nn.Module, fo
     pipeline_class.save_lora_weights(folder, safe_serialization=True, **layers, **metadata)
 
 
-def load_lora(pipe: Any, folder: str) -> None:
-    """Load ``pytorch_lora_weights.safetensors`` of a folder with the pipeline's own ``load_lora_weights``.
+def load_lora(pipe: Any, folder: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Load ``pytorch_lora_weights.safetensors`` of a folder with the pipeline's own ``load_lora_weights`` and ``options``.
 
     Raises UserError for a file that cannot be read, that changes a text encoder too (``lora_off`` would leave that in), or
     that has no layer of this pipeline: diffusers would go on without it.
@@ -74,7 +75,7 @@ def load_lora(pipe: Any, folder: str) -> None:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it says of every text encoder that there is nothing for it, which is as it should be
     try:
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{file}: does not fit {type(pipe).__name__}: {error}") from error
     finally:

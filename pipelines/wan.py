@@ -166,11 +166,18 @@ class WanAdapter(DiffusersAdapter):
                 off.enter_context(lora_off(network))
             yield
 
+    def load_lora(self, folder: str) -> None:
+        from flowrl.pipelines.lora import load_lora
+
+        super().load_lora(folder)
+        if isinstance(self.network, Experts):
+            load_lora(self.pipe, f"{folder}/transformer_2", {"load_into_transformer_2": True})
+
     def export(self, folder: str) -> None:
         from flowrl.pipelines.lora import save_lora
 
         if self.has_lora:
-            # Two files of one layout; the second is for load_lora_weights(folder / "transformer_2", load_into_transformer_2=True).
+            # Two files of one layout; load_lora_weights takes the second with load_into_transformer_2=True.
             for name, network in self.experts:
                 place = folder if name == "transformer" else f"{folder}/{name}"
                 save_lora(type(self.pipe), "transformer", network, place)

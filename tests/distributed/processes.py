@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -40,6 +41,8 @@ def _child(environment: Mapping[str, str], function: Callable[..., Any], argumen
     code, message = 0, ("ok", None)
     try:
         message = ("ok", function(*arguments))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the first process holds the store that the others may still ask
     except SystemExit as end:
         code, message = int(end.code or 0), ("ok", None)
     except BaseException:
@@ -49,8 +52,17 @@ def _child(environment: Mapping[str, str], function: Callable[..., Any], argumen
     os._exit(code)  # without waiting for threads of a group whose other members are gone
 
 
+@functools.cache
+def warm() -> None:
+    """Have everything imported, once a session: that takes seconds of processor time, and no time limit is about it."""
+    process = CONTEXT.Process(target=free_port, daemon=True)
+    process.start()
+    process.join(300)
+
+
 def start(world: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
     """Start ``world`` processes that call ``function(*arguments)``; returns (process, pipe) of each."""
+    warm()
     port = free_port()
     started = []
     for rank in range(world):

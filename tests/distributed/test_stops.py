@@ -14,7 +14,7 @@ from flowrl.checkpoint import store
 from flowrl.errors import UserError
 from flowrl.training.build import Parts
 from flowrl.training.run import Run
-from tests.distributed.processes import Ended, start, wait
+from tests.distributed.processes import Ended, start, wait, warm
 from tests.distributed.toys import config_of, trainer_of
 
 STOPPING = ("tracking.pictures.enabled", "tracking.progress")
@@ -46,6 +46,7 @@ def train(folder: Path, rank: int, iteration: int, what: str) -> None:
 
 
 def ended(folder: Path, rank: int, iteration: int, what: str, limit: float = 40) -> tuple[list[Ended], float]:
+    warm()
     began = time.monotonic()
     found = wait(start(2, train, folder, rank, iteration, what), limit)
     return found, time.monotonic() - began
@@ -86,6 +87,7 @@ def silent(folder: Path) -> None:
 
 
 def test_a_process_that_never_answers_is_given_up_after_the_time_limit(tmp_path: Path) -> None:
+    warm()
     began = time.monotonic()
     started = start(2, silent, tmp_path)
     first = wait(started[:1], 30)

@@ -150,6 +150,9 @@ def test_a_run_exports_a_lora_that_the_stock_pipeline_loads(
         ours = predicted(trainer.adapter)
     assert float((plain - ours).abs().max()) > 1e-3
     torch.testing.assert_close(predicted(fresh), ours, atol=1e-5, rtol=1e-4)
+    own = load(folders, name)
+    own.load_lora(str(tmp_path / "run" / "export"))
+    torch.testing.assert_close(predicted(own), ours, atol=1e-5, rtol=1e-4)
 
 
 def _prompts(folder: Path) -> Path:
