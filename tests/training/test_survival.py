@@ -46,7 +46,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_sd3: Path) -> None:
 def test_bad_updates_roll_back_once_and_then_stop(tiny_sd3: Path, tmp_path: Path) -> None:
     """Three bad updates in a row: back to the checkpoint with fresh noise; three more: stop, checkpoint intact."""
     config = small_config(tiny_sd3, run_dir=str(tmp_path / "run"), iterations=12)
-    run = api._open(config, tmp_path / "run", "test", (), api._backend())
+    run = api._open(config, tmp_path / "run", "test", (), api._backend(config))
     run.prepare()
     real, seen = run.trainer.iterate, []
 
