@@ -338,6 +338,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _TESTS + "test_gains_worked_numbers",
             "formula": _TESTS + "test_step_credit_against_a_loop",
             "identity": _TESTS + "test_gains_telescope",
+            "learned": "docs/results/credit/rest.json",
         },
         call=stepwise,
     ),

@@ -33,6 +33,7 @@ _SHARED = {
     "identity": _FORMS + "test_methods_that_differ_in_the_rollout_alone_share_flow_grpo",
 }
 _MAIN = {"learned": "docs/results/credit/main.json"}
+_REST = {"learned": "docs/results/credit/rest.json"}  # one seed
 METHODS: tuple[Method, ...] = (
     _objective(
         "flow_grpo",
@@ -48,9 +49,15 @@ METHODS: tuple[Method, ...] = (
     ),
     _objective("flow_grpo_fast", "2505.05470", 2, "Flow-GRPO-Fast: trained on a short random window", _SHARED | _MAIN),
     _objective(
-        "dance_grpo", "2505.07818", 2, "DanceGRPO: constant noise, shared start, a random part of the steps", _SHARED
+        "dance_grpo",
+        "2505.07818",
+        2,
+        "DanceGRPO: constant noise, shared start, a random part of the steps",
+        _SHARED | _REST,
     ),
-    _objective("mix_grpo", "2507.21802", 2, "MixGRPO: trained on a window that slides along the schedule", _SHARED),
+    _objective(
+        "mix_grpo", "2507.21802", 2, "MixGRPO: trained on a window that slides along the schedule", _SHARED | _REST
+    ),
     _objective(
         "grpo_guard",
         "2510.22319",
@@ -94,7 +101,8 @@ METHODS: tuple[Method, ...] = (
             "exact": _LOSSES + "test_flow_dppo_mask_table",
             "formula": _LOSSES + "test_against_a_plain_loop",
             "identity": _LOSSES + "test_flow_dppo_gradient_is_the_engines_below_its_cap",
-        },
+        }
+        | _REST,
     ),
     _objective(
         "pcpo",
@@ -107,7 +115,8 @@ METHODS: tuple[Method, ...] = (
             "formula": _LOSSES + "test_against_a_plain_loop",
             "identity": _LOSSES + "test_pcpo_is_ppo_to_first_order",
             "reconstructed": _LOSSES + "test_pcpo_hinge_gradient",
-        },
+        }
+        | _REST,
     ),
     _objective(
         "policy_flow",
@@ -119,7 +128,8 @@ METHODS: tuple[Method, ...] = (
             "formula": _POLICY_FLOW + "test_regulariser_is_the_papers_in_its_own_time",
             "identity": _POLICY_FLOW + "test_kernel_transport_is_the_plain_ratio",
             "reconstructed": _POLICY_FLOW + "test_on_policy_log_ratio_is_zero",
-        },
+        }
+        | _REST,
     ),
     _objective(
         "neighbor_grpo",
