@@ -137,10 +137,10 @@ def guide_samples(config: Config) -> Count:
 
 def guide_work(config: Config) -> Work:
     """Forwards of a guide that calls the network: x0 follows the policy, a head on features takes one call."""
-    from flowrl.config.process_checks import process_labels
+    from flowrl.config.rewards import labels
 
     guide, batch, steps = config.rollout.guide, config.batch, config.rollout.steps
-    named = dict(zip(process_labels(config.process), config.process, strict=True))
+    named = dict(zip(labels(config.process), config.process, strict=True))
     entry = named.get(guide.reward)
     if not guide.active or entry is None or entry.name not in ("x0", "features"):
         return NONE

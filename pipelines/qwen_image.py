@@ -20,7 +20,7 @@ TEXT_LENGTH = 1024
 class QwenImageAdapter(DiffusersAdapter):
     """Velocity prediction on packed latents [S, 4 C]: guidance keeps the norm of each token, so tokens stay tokens.
 
-    Prompts of one call are padded to the longest of all calls so far within TEXT_LENGTH, with their mask beside them.
+    Prompts of one call are padded to its longest, at most TEXT_LENGTH tokens, with their mask beside them.
     """
 
     guidance_rule = "norm_preserving"

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from flowrl import registry
 from flowrl.config.families import family_of
 from flowrl.config.guide import Euphonium, Guide, Search
-from flowrl.config.process_checks import process_labels
-from flowrl.config.rewards import declared
+from flowrl.config.rewards import declared, labels
 from flowrl.config.schema import Config
 
 
@@ -22,13 +21,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from _search(config)
 
 
-def labels(config: Config) -> list[str]:
-    """Labels of the process rewards."""
-    return process_labels(config.process)
-
-
 def _labelled(config: Config, key: str, label: str) -> Iterator[str]:
-    known = labels(config)
+    known = labels(config.process)
     if label not in known:
         advice = f"use one of {', '.join(known)}" if known else "there is none; add an entry to process"
         yield f"{key}: no process reward has the label {label!r}; {advice}"
@@ -58,7 +52,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 
 def _differentiable(config: Config, label: str) -> Iterator[str]:
-    for own, entry in zip(labels(config), config.process, strict=True):
+    for own, entry in zip(labels(config.process), config.process, strict=True):
         if own != label or entry.name not in registry.names("process_reward"):
             continue
         if not vars(registry.resolve("process_reward", entry.name)).get("differentiable", True):

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from flowrl import registry
 from flowrl.config.families import family_of
 from flowrl.config.process import ActorCritic, Critic, ProcessEntry
-from flowrl.config.rewards import declared, short_name
+from flowrl.config.rewards import declared
 from flowrl.config.schema import Config
 from flowrl.errors import UserError
 
 VALUES_OF_MODELS = ("process", "critic")
 WEIGHTINGS = ("exponential", "linear", "critic_only")
-
-
-def process_labels(entries: Sequence[ProcessEntry]) -> list[str]:
-    """What each process reward is called: its label, else its short name; a second one alike gets ``_2``."""
-    found: list[str] = []
-    for entry in entries:
-        base = entry.label or short_name(entry.name)
-        label, number = base, 1
-        while label in found:
-            number += 1
-            label = f"{base}_{number}"
-        found.append(label)
-    return found
 
 
 def problems(config: Config) -> Iterator[str]:

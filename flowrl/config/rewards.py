@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flowrl import registry
+from flowrl.config.process import ProcessEntry
 from flowrl.config.render import to_plain
 from flowrl.config.schema import Config, Executor, RewardEntry
 from flowrl.errors import UserError
@@ -55,8 +56,8 @@ def short_name(name: str) -> str:
     return split_preset(name)[0].rpartition(":")[2]
 
 
-def labels(entries: Sequence[RewardEntry]) -> list[str]:
-    """What each reward is called in metrics: its label, else its short name; a second one alike gets ``_2``."""
+def labels(entries: Sequence[RewardEntry] | Sequence[ProcessEntry]) -> list[str]:
+    """What each (process) reward is called in metrics: its label, else its short name; a second one alike gets ``_2``."""
     found: list[str] = []
     for entry in entries:
         base = entry.label or short_name(entry.name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowrl import registry
-from flowrl.config.process_checks import process_labels
+from flowrl.config.rewards import labels
 from flowrl.config.schema import Config, Executor, RewardEntry
 from flowrl.credit.process import NeedsContext, ProcessContext, ProcessMember, ProcessSet
 from flowrl.credit.process.combine import LEVELS, observed
@@ -85,7 +85,7 @@ def build_process(
         outcome_scorer(config, rewards, pixels),
     )
     members = []
-    for label, entry in zip(process_labels(config.process), config.process, strict=True):
+    for label, entry in zip(labels(config.process), config.process, strict=True):
         reward = _make(entry.name, entry.args)
         if isinstance(reward, NeedsContext):
             reward.bind(context)
