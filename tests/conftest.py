@@ -20,6 +20,13 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Try a test of wall-clock time again: a busy machine is late now and then, a defect every time."""
+    for item in items:
+        if item.get_closest_marker("wall_clock"):
+            item.add_marker(pytest.mark.flaky(reruns=3, reruns_delay=1))
+
+
 @pytest.fixture(scope="session")
 def world_words() -> list[str]:
     """Every word of world v1's sentences, sorted: the vocabulary of the tiny pipelines."""

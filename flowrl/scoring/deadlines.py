@@ -29,6 +29,7 @@ class Runner:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._lock = threading.Lock()
         self._tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] | None = None
 
     def run(self, work: Callable[[], T], seconds: float | None) -> T:
@@ -36,11 +37,12 @@ class Runner:
 
         seconds: how long to wait; None waits for ever. Raises Late.
         """
-        if self._tasks is None:
-            self._tasks = SimpleQueue()
-            threading.Thread(target=_serve, args=(self._tasks,), name=self._name, daemon=True).start()
         future: Future[T] = Future()
-        self._tasks.put((work, future))
+        with self._lock:  # a close of another thread comes before the call or after it, never between
+            if self._tasks is None:
+                self._tasks = SimpleQueue()
+                threading.Thread(target=_serve, args=(self._tasks,), name=self._name, daemon=True).start()
+            self._tasks.put((work, future))
         try:
             return future.result(seconds)
         except TimeoutError as error:
@@ -50,10 +52,11 @@ class Runner:
             raise Late from error
 
     def close(self) -> None:
-        """Let the thread end after its call."""
-        if self._tasks is not None:
-            self._tasks.put(None)
-            self._tasks = None
+        """Let the thread end after its call. A call that comes later starts another."""
+        with self._lock:
+            if self._tasks is not None:
+                self._tasks.put(None)
+                self._tasks = None
 
 
 def _serve(tasks: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:

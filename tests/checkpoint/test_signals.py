@@ -45,6 +45,7 @@ def test_one_signal_lets_the_work_finish(number: int, code: int) -> None:
     assert process.returncode == code
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [(signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGINT, 130)],

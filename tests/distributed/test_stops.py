@@ -52,6 +52,7 @@ def ended(folder: Path, rank: int, iteration: int, what: str, limit: float = 40)
     return found, time.monotonic() - began
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     ("what", "code", "rank", "iteration"),
     [("SIGTERM", 143, 1, 2), ("SIGTERM", 143, 0, 0), ("SIGINT", 130, 1, 1)],
@@ -67,6 +68,7 @@ def test_a_signal_to_one_process_stops_both_at_one_iteration(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == iteration + 1
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(("what", "rank"), [("SIGKILL", 1), ("SIGKILL", 0), ("error", 1)])
 def test_the_death_of_one_process_ends_the_other(tmp_path: Path, what: str, rank: int) -> None:
     found, seconds = ended(tmp_path, rank, 1, what)
@@ -86,6 +88,7 @@ def silent(folder: Path) -> None:
     trainer.iterate()
 
 
+@pytest.mark.wall_clock
 def test_a_process_that_never_answers_is_given_up_after_the_time_limit(tmp_path: Path) -> None:
     warm()
     began = time.monotonic()

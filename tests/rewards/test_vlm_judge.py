@@ -108,6 +108,7 @@ def test_yes_no_is_the_share_of_yes(server: Server) -> None:
     np.testing.assert_array_equal(np.asarray(sent), images[0])
 
 
+@pytest.mark.wall_clock
 def test_rubric_and_order_under_concurrency(server: Server) -> None:
     def answer(body: dict[str, Any], number: int) -> tuple[int, bytes]:
         which = int(text_of(body).split("picture ")[1][0])
@@ -219,6 +220,7 @@ def test_malformed_answers_are_invalid(server: Server, body: bytes, error: str) 
     assert not result.valid[0] and error in (result.errors[0] or "") and len(server.bodies) == 1
 
 
+@pytest.mark.wall_clock
 def test_a_hang_ends_at_the_deadline(server: Server) -> None:
     server.answer = lambda body, number: (time.sleep(1), (200, says("Final Score: 3")))[1]
     start = time.perf_counter()

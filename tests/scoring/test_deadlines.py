@@ -71,6 +71,7 @@ def test_a_breaker_of_zero_never_opens() -> None:
     assert breaker.refusal() == ""
 
 
+@pytest.mark.wall_clock
 def test_a_runner_keeps_its_thread_until_a_call_is_late() -> None:
     runner = Runner("test")
     idents = [runner.run(threading.get_ident, 5.0) for _ in range(2)]
@@ -117,6 +118,7 @@ except Late:
     assert done.stdout == "late\n"
 
 
+@pytest.mark.wall_clock
 def test_a_runner_lets_go_of_what_it_ran() -> None:
     class Thing:
         pass
@@ -143,3 +145,19 @@ def test_a_watchdog_bites_once_and_only_late() -> None:
             pass
         time.sleep(0.12)
         assert not dog.fired and bites == [1]
+
+
+def test_a_close_between_calls_of_another_thread_loses_none() -> None:
+    runner = Runner("test")
+    stop = threading.Event()
+    closing = threading.Thread(target=lambda: [runner.close() for _ in iter(stop.is_set, True)])
+    old = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    closing.start()
+    try:
+        assert [runner.run(lambda number=number: number, 20.0) for number in range(500)] == list(range(500))
+    finally:
+        stop.set()
+        closing.join()
+        sys.setswitchinterval(old)
+        runner.close()

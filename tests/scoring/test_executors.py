@@ -99,6 +99,7 @@ def test_a_score_that_is_no_number_masks_its_sample_alone(
     assert word in (result.errors[0] or "") and result.errors[1] is None
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hang_masks_its_batch_in_time(kind: str) -> None:
     with ExitStack() as stack:
@@ -170,6 +171,7 @@ def test_a_call_left_behind_keeps_its_reward_and_the_next_one_gets_another() -> 
         assert executor_rewards.Counting.made == 2
 
 
+@pytest.mark.wall_clock
 def test_calls_that_hang_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowrl.scoring.executors.threads.MAX_LEFT_BEHIND", 2)
     settings = ExecutorSettings(timeout_s=0.05, breaker=0)
@@ -201,6 +203,7 @@ def test_results_come_in_the_order_of_submission() -> None:
     assert [float(result.scores[0]) for result in results] == [float(pixel) for pixel in range(12)]
 
 
+@pytest.mark.wall_clock
 def test_workers_score_at_a_time() -> None:
     with make_executor("slow", entry("slow", seconds=0.15), ExecutorSettings(workers=4)) as executor:
         start = time.perf_counter()
@@ -208,6 +211,7 @@ def test_workers_score_at_a_time() -> None:
         assert time.perf_counter() - start < 0.4
 
 
+@pytest.mark.wall_clock
 def test_the_queue_is_bounded() -> None:
     with make_executor("slow", entry("slow", seconds=0.1), ExecutorSettings(queue=1)) as executor:
         times = []
@@ -231,6 +235,7 @@ def rollout(submit: Callable[[RewardBatch], Future[RewardResult]], seconds: floa
     return time.perf_counter() - start
 
 
+@pytest.mark.wall_clock
 def test_a_slow_reward_hides_behind_the_rollout() -> None:
     """0.2 s of scoring behind 0.22 s of rollout, three times: only the last batch's scoring is waited for."""
     with make_executor("slow", entry("slow"), ExecutorSettings(kind="thread")) as beside:
@@ -243,9 +248,10 @@ def test_a_slow_reward_hides_behind_the_rollout() -> None:
 
 
 def test_closing_drops_what_waits() -> None:
-    executor = make_executor("slow", entry("slow", seconds=0.1), ExecutorSettings())
+    executor = make_executor("slow", entry("slow", seconds=0.3), ExecutorSettings())
     futures = [executor.submit(batch(pixel)) for pixel in range(5)]
-    time.sleep(0.03)
+    while not (futures[0].running() or futures[0].done()):
+        time.sleep(0.001)
     executor.close()
     same(futures[0].result(timeout=0), 0.0)
     assert all(future.cancelled() for future in futures[1:])
@@ -253,6 +259,7 @@ def test_closing_drops_what_waits() -> None:
         executor.submit(batch(1))
 
 
+@pytest.mark.wall_clock
 def test_closing_does_not_wait_for_a_hang() -> None:
     executor = make_executor("faulty", entry("faulty"), ExecutorSettings())
     executor.submit(batch(1, prompt="hang"))

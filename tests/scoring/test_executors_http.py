@@ -96,6 +96,7 @@ FAULTS: dict[str, tuple[Answer, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_masks_its_batch_in_time_and_no_other(name: str) -> None:
     answer, words = FAULTS[name]
@@ -137,6 +138,7 @@ def test_a_second_try_scores() -> None:
         assert len(seen) == 4
 
 
+@pytest.mark.wall_clock
 def test_the_total_limit_ends_an_iteration_of_hangs() -> None:
     """Six batches at a service that never answers: 0.5 s in all, not 6 x 0.2; then the next iteration calls again."""
     with ExitStack() as stack:
@@ -245,6 +247,7 @@ def test_a_token_that_cannot_be_sent_is_refused(value: str, words: str, monkeypa
         opened(ExitStack(), token_env="SCORER_TOKEN")
 
 
+@pytest.mark.wall_clock
 def test_closing_ends_a_call() -> None:
     with ExitStack() as stack:
         executor, _ = opened(stack, silent, timeout_s=5.0)

@@ -68,6 +68,7 @@ def test_a_death_is_tried_again_where_retries_allow(tmp_path: Path) -> None:
         same(once.score(batch(4, 5)), 4.0, 5.0)
 
 
+@pytest.mark.wall_clock
 def test_a_process_killed_from_outside_and_one_that_hangs() -> None:
     with make_executor("id", entry("process_id"), PROCESS) as ids:
         caller = ids._callers[0]
@@ -89,6 +90,7 @@ def test_a_process_killed_from_outside_and_one_that_hangs() -> None:
         assert time.perf_counter() - start < 0.7 and gone(second)
 
 
+@pytest.mark.wall_clock
 def test_the_worker_ends_with_its_input_even_in_a_call() -> None:
     command = own_command(f"{REWARDS}:faulty")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own_environment()) as worker:
@@ -134,6 +136,7 @@ def fake(script: str) -> ProcessCaller:
     return ProcessCaller("fake", [sys.executable, "-S", "-c", FAKE + script], {}, encoding="safetensors", limits=limits)
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -170,6 +173,7 @@ def test_a_good_fake_is_understood() -> None:
         caller.open(5.0)
 
 
+@pytest.mark.wall_clock
 def test_slow_bytes_do_not_outlast_the_limit() -> None:
     caller = fake(START + "for _ in range(50): sys.stdout.write('F'); sys.stdout.flush(); time.sleep(0.1)")
     caller.open(5.0)
@@ -179,6 +183,7 @@ def test_slow_bytes_do_not_outlast_the_limit() -> None:
     assert time.perf_counter() - start < 0.8
 
 
+@pytest.mark.wall_clock
 def test_what_a_process_started_ends_with_it() -> None:
     script = (
         "child = subprocess.Popen(['sleep', '60']); send({'type': 'failed', 'id': 1, 'error': str(child.pid)}); take()"

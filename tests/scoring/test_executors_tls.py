@@ -57,6 +57,7 @@ def test_a_certificate_nobody_signed_is_refused(certificate: tuple[Path, Path]) 
     assert not caught.value.retry
 
 
+@pytest.mark.wall_clock
 def test_a_trusted_service_scores_within_its_limit(
     certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_trusted_service_scores_within_its_limit(
             wrong.health(2.0)  # the certificate is of localhost, not of 127.0.0.1
 
 
+@pytest.mark.wall_clock
 def test_a_handshake_that_does_not_come_ends_in_time() -> None:
     with scripted_server([silent], read=False) as (url, _):
         start = time.perf_counter()

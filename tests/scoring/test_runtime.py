@@ -207,6 +207,7 @@ def gate() -> Iterator[None]:
     RELEASE.set()
 
 
+@pytest.mark.wall_clock
 @pytest.mark.usefixtures("gate")
 def test_submitted_batches_are_scored_beside_the_caller_and_in_order() -> None:
     with RewardRuntime([entry("waits")], Failures()) as runtime:

@@ -136,6 +136,7 @@ def test_chunks_are_refused(service: RewardService) -> None:
     assert raw(service, request).startswith(b"HTTP/1.0 411 ")
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     "data",
     [
@@ -150,6 +151,7 @@ def test_a_request_that_does_not_arrive_is_hung_up_on(service: RewardService, da
     assert 0.3 < time.perf_counter() - start < 1.2
 
 
+@pytest.mark.wall_clock
 def test_a_request_that_trickles_in_is_hung_up_on(service: RewardService) -> None:
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as connection:
         start = time.perf_counter()
@@ -221,6 +223,7 @@ def test_a_port_that_is_taken_and_a_token_that_is_not_set_are_said(
         RewardService(entry("nothing"), ServiceSettings(port=0))
 
 
+@pytest.mark.wall_clock
 def test_too_many_requests_are_told_to_come_back() -> None:
     release = threading.Event()
 
