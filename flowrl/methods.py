@@ -92,6 +92,7 @@ KERNELS = (
         {
             "formula": _KERNELS + "test_cps_keeps_the_noise_of_the_next_time_whatever_eta",
             "identity": _KERNELS + "test_without_noise_every_mixing_kernel_is_the_euler_step",
+            "learned": "docs/results/credit/rest.json",
         },
     ),
     _kernel(

@@ -213,6 +213,7 @@ METHODS: tuple[Method, ...] = (
             "reconstructed": _TESTS + "test_thompson_scores_average_to_the_posterior_score",
             "exact": _TESTS + "test_posterior_worked_numbers",
             "identity": _TESTS + "test_decay_of_one_is_exact_bayes",
+            "learned": "docs/results/credit/rest.json",
         },
         call=vade,
     ),

@@ -318,6 +318,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _SELECTION + "test_max_variance_worked_number",
             "formula": _SELECTION + "test_max_variance_is_the_best_of_all_subsets",
             "identity": _SELECTION + "test_d3s_keeps_everything_at_full_fractions",
+            "learned": "docs/results/credit/rest.json",
         },
         call=d3s,
         exempt={
@@ -334,6 +335,7 @@ METHODS: tuple[Method, ...] = (
         evidence={
             "exact": _SELECTION + "test_best_worst_worked_numbers",
             "formula": _SELECTION + "test_best_worst_against_plain_loop",
+            "learned": "docs/results/credit/rest.json",
         },
         call=best_worst_k,
         exempt={"permutation": "rows of equal rewards are chosen by their order"},
@@ -362,6 +364,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _SELECTION + "test_knapsack_worked_numbers",
             "formula": _SELECTION + "test_knapsack_is_the_best_allocation",
             "identity": _SELECTION + "test_equal_rates_get_equal_shares",
+            "learned": "docs/results/credit/rest.json",
         },
         call=knapsack_allocate,
         exempt={"isolation": "prompts share one budget"},

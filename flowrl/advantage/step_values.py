@@ -352,6 +352,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _TESTS + "test_turning_points_worked_numbers",
             "formula": _TESTS + "test_tp_grpo_against_a_loop",
             "identity": _TESTS + "test_tp_grpo_without_turning_points_is_dense_grpo",
+            "learned": "docs/results/credit/rest.json",
         },
         call=tp_grpo,
     ),

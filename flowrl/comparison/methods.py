@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from os.path import expanduser, isfile
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,14 @@ def _is_override(part: str) -> bool:
 
 def _preset(piece: str, source: str) -> Preset:
     label, colon, rest = piece.partition(":")
-    if colon and not Path(piece).is_file():
+    if colon and not isfile(piece):  # of os.path: a name too long for a file is none, where pathlib raises
         return _labelled(label.strip(), rest)
     if _is_override(piece):
         raise UserError(f"{piece!r} has no name; write label:key=value, as in mine:{piece}")
     found = _of_table(piece)
     if found is not None:
         return Preset(piece, " ".join(found), tuple(found))
-    if piece in recipes() or Path(piece).expanduser().is_file():
+    if piece in recipes() or isfile(expanduser(piece)):
         return _recipe(piece, source)
     names = [name for kind, _ in (*_KEYS, ("kernel", "")) for name in registry.names(kind)]
     near = nearest(piece, dict.fromkeys([*names, *(entry.key for entry in entries()), *recipes()]))

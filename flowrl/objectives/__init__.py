@@ -141,7 +141,8 @@ METHODS: tuple[Method, ...] = (
             "formula": _NEIGHBOURS + "test_softmax_over_distances_by_a_plain_loop",
             "identity": _NEIGHBOURS + "test_order_of_members_and_anchors_does_not_matter",
             "reconstructed": _NEIGHBOURS + "test_quasi_norm_by_a_plain_loop",
-        },
+        }
+        | _REST,
     ),
     _objective(
         "ddpo",

@@ -318,3 +318,9 @@ def test_seeds(text: str, seeds: tuple[int, ...], problem: str) -> None:
     found, problems = read_seeds(text, first=4)
     assert found == seeds
     assert [problem in line for line in problems] == ([True] if problem else [])
+
+
+def test_a_long_list_of_settings_is_no_file_name() -> None:
+    settings = ",".join(f"rewards.{number}.weight=0.5" for number in range(20))
+    presets, _ = read_methods(f"mine:{settings}", "demo")
+    assert len(settings) > 255 and presets[0].label == "mine" and len(presets[0].words) == 20
