@@ -226,12 +226,15 @@ def gold_names(config: Config) -> list[str]:
 
 
 def ratio_methods(planned: Planned) -> list[str]:
-    """Methods whose ratio, loss or clip range differs from the first one's."""
+    """Methods whose ratio, loss or clip range differs from the first one's, among those that have a ratio of transitions."""
     first = _ratio(planned.methods[0].config)
-    return [method.label for method in planned.methods[1:] if _ratio(method.config) != first]
+    found = {method.label: _ratio(method.config) for method in planned.methods[1:]}
+    return [label for label, ratio in found.items() if first and ratio and ratio != first]
 
 
 def _ratio(config: Config) -> tuple[Any, ...]:
     o = config.objective
+    if o.name not in FORMS:
+        return ()
     form = FORMS[o.name]
     return o.ratio or form.ratio, loss_name(o), o.loss_options or form.loss_options, o.clip_range, o.log_prob_reduction

@@ -306,6 +306,12 @@ def test_what_is_gold_and_what_is_a_ratio_method(task: Path) -> None:
     assert ratio_methods(planned) == ["grpo_guard", "tight"]
 
 
+def test_methods_without_transitions_have_no_ratio_to_warn_of(task: Path) -> None:
+    for methods in ("awm,orw", "flow_grpo,awm,tight:objective.clip_range=0.1"):
+        planned = prepare(Request(str(task), methods, "1"))
+        assert ratio_methods(planned) == (["tight"] if "tight" in methods else [])
+
+
 @pytest.mark.parametrize(
     ("text", "seeds", "problem"),
     [
