@@ -130,9 +130,11 @@ def load_run(folder: str | Path) -> RunFolder:
 
 def _checked(config: Config, backend: Any) -> Config:
     """What can be found wrong before a model is loaded: the settings, and the packages of the trackers."""
+    from flowrl.config.model import require as require_attention
     from flowrl.tracking import require
 
     config = check(config, backend.world)
+    require_attention(config.model)
     if backend.leads:
         require(config.tracking)
     return config
@@ -144,7 +146,7 @@ def _backend(config: Config | None) -> Any:
 
     if config is None:
         return Backend()
-    backend = Backend(config.distributed.processes, config.distributed.timeout_s)
+    backend = Backend(config.distributed.processes, config.distributed.timeout_s, config.distributed.sharding)
     if backend.leads:
         _write(f"running on {backend.describe()}")
     return backend

@@ -263,8 +263,10 @@ def _report(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _load(args.source, args.items)
+    from flowrl.fit import check_model, device_bytes
     from flowrl.plan import plan_text
 
+    check_model(config, (), device_bytes())
     _write(plan_text(config))
     return 0
 

@@ -150,7 +150,7 @@ KERNELS = (
 _GUIDE = "tests/dynamics/test_reward_guidance.py::"
 _GUIDED = "tests/rollout/test_guided.py::"
 _SEARCH = "tests/rollout/test_search.py::"
-_BY_SPSA = 'process=[{"name":"x0"}] rollout.guide.reward=x0 rollout.guide.gradient=spsa rollout.guide.first=1'
+_BY_SPSA = """'process=[{"name":"x0"}]' rollout.guide.reward=x0 rollout.guide.gradient=spsa rollout.guide.first=1"""
 GUIDANCE = (
     Entry(
         key="langevin",
@@ -336,8 +336,8 @@ selection vade batch.allocation.name=vade
     full="rollout.window.kind=full rollout.window.first=0",
     part="rollout.window.fraction=0.6",
     spsa=_BY_SPSA,
-    pixels='rewards=[{"name":pixels}]',
-    colours='rewards=[{"name":colour_class}] condition.attributes={"colour":3}',
+    pixels="""'rewards=[{"name":pixels}]'""",
+    colours="""'rewards=[{"name":colour_class}]' 'condition.attributes={"colour":3}'""",
     memoryless="rollout.kernel.name=memoryless",
     leash="objective.kl.form=velocity objective.kl.weight=1.0 forward.anchor=old forward.old_rate=0.001 "
     "forward.old_limit=0.3 forward.sampler=live",

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flowrl import cost, registry
+from flowrl import cost, fit, registry
 from flowrl.config.families import family_of
 from flowrl.config.schema import Config
 from flowrl.cost import Count, Work
+from flowrl.performance.memory import BYTES as _BYTES
 
 # (channels, pixels a latent cell) of families whose latents are [C, H / f, W / f]; other models are asked once loaded.
 _LATENTS = {"sd3": (16, 8), "stable_diffusion": (4, 8)}
 _EMBEDDED = (4, 4)
-_BYTES = {"fp32": 4, "bf16": 2}
+_EMBEDDED_CLIP = (4, 5, 6, 6)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ def _scorers(config: Config) -> int:
     return sum(entry.duty != "gold" for entry in config.rewards)
 
 
-def _latent_shape(config: Config) -> tuple[int, int, int] | None:
+def _latent_shape(config: Config) -> tuple[int, ...] | None:
     model = config.model
+    if model.path == "embedded" and model.adapter == "wan":
+        return _EMBEDDED_CLIP
     known = _EMBEDDED if model.path == "embedded" else _LATENTS.get(model.adapter)
     if known is None:
         return None
@@ -117,12 +120,14 @@ def _latent_shape(config: Config) -> tuple[int, int, int] | None:
 
 
 def plan_text(config: Config, latent_shape: Sequence[int] | None = None) -> str:
-    """Lay the plan out as text to print: geometry, then network work an iteration, then everything else."""
-    made = plan(config, latent_shape)
+    """Lay the plan out as text to print: geometry, then network work an iteration, then everything else, then memory."""
+    size = fit.size_of(config)
+    made = plan(config, latent_shape if latent_shape is not None or size is None else size.shape)
     rows = _geometry(config, made)
     left = max(len(name) for name, _ in rows)
     lines = [f"{name:<{left}}  {text}" for name, text in rows]
-    return "\n".join([*lines, "", *_work_table(made), "", *_rest(config, made)])
+    memory = fit.lines(config, size, made.stored_bytes)
+    return "\n".join([*lines, "", *_work_table(made), "", *_rest(config, made), "", *memory])
 
 
 def _geometry(config: Config, made: Plan) -> list[tuple[str, str]]:

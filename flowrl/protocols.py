@@ -27,6 +27,31 @@ GuidanceRule = Literal["linear", "norm_preserving", "embedded"]
 
 
 @runtime_checkable
+class ModelFamily(Protocol):
+    """What the class of an adapter may know of a model before its weights are read. model: a flowrl.config.model.Model."""
+
+    def check(self, model: Any, texts: Sequence[str] = ()) -> None:
+        """Raise UserError for another family's model, a size that does not divide, LoRA targets or prompts that do not fit."""
+
+    def size(self, model: Any) -> Any:
+        """What the model holds, a flowrl.performance.memory.ModelSize; None where its files are not on this machine."""
+
+    def licence(self, model: Any) -> str:
+        """The licence that the model's own card states, "" where there is none."""
+
+
+@runtime_checkable
+class Configurable(Protocol):
+    """An adapter that can run its model in other ways than as it was loaded. model: a flowrl.config.model.Model."""
+
+    def configure(self, model: Any) -> None:
+        """Activation checkpointing, compiled blocks, attention backend, tiling and slicing of the autoencoder."""
+
+    def free_text_encoders(self, requests: Sequence[Request], size: int) -> None:
+        """Encode every request and its negative, ``size`` a call, and drop the encoders."""
+
+
+@runtime_checkable
 class PipelineAdapter(Protocol):
     """A model family: what it takes, predicts and shows. It knows nothing of reinforcement learning."""
 
@@ -114,6 +139,17 @@ class DifferentiableReward(Protocol):
 
     def value(self, x: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """One number a sample, float [B], larger is better, each a function of its own sample alone."""
+
+
+@runtime_checkable
+class TextReward(Protocol):
+    """A DifferentiableReward of latents that also reads the prompt as the model encodes it; needs_text: True."""
+
+    differentiable: Literal["pictures", "latents"]
+    needs_text: bool
+
+    def value(self, x: torch.Tensor, requests: Sequence[Request], text: torch.Tensor) -> torch.Tensor:
+        """See DifferentiableReward. text: pooled text, float32 [B, D] (``flowrl.credit.networks.pooled_text``)."""
 
 
 class PairReward(Protocol):

@@ -157,7 +157,8 @@ class Trajectory:
 class RewardBatch:
     """Finished pictures, or videos, to be scored.
 
-    images: uint8 [B, H, W, 3], videos [B, F, H, W, 3]; group_ids: one a sample; latents: x0 [B, ...] on request;
+    images: uint8 [B, H, W, 3], videos [B, F, H, W, 3]; group_ids: one a sample; latents: x0 [B, ...] on request; text: with
+    them, and not for rewards in another process, the model's pooled text of the prompts, float32 [B, D];
     reference: what was edited or shall be resembled, one a sample, of either shape.
     """
 
@@ -167,6 +168,7 @@ class RewardBatch:
     group_ids: Sequence[int] = ()
     latents: torch.Tensor | None = None
     reference: npt.NDArray[np.uint8] | None = None
+    text: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from flowrl.pipelines import checks, execution
+from flowrl.pipelines.folder import Folder, find
+from flowrl.pipelines.texts import Encoded, TextCache
 
+from flowrl.config.model import Model
 from flowrl.errors import UserError
+from flowrl.performance.memory import ModelSize
 from flowrl.protocols import GuidanceRule
 from flowrl.records import Request
 
@@ -35,13 +40,15 @@ def locate(path: str, embedded: str) -> str:
     return str(folder)
 
 
-def load_pipeline(pipeline_class: Any, path: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_pipeline(pipeline_class: Any, path: str, dtype: torch.dtype, device: torch.device, revision: str = "") -> Any:
     """``from_pretrained`` from safetensors only, quiet, in ``dtype``; UserError names the path when that fails."""
     try:
-        pipe = pipeline_class.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        pipe = pipeline_class.from_pretrained(path, dtype=dtype, use_safetensors=True, revision=revision or None)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path!r} could not be loaded as {pipeline_class.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
+    if dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
+        pipe.vae.float()  # its activations exceed what fp16 holds
     return pipe.to(device)
 
 
@@ -64,6 +71,37 @@ def _quiet() -> None:
     diffusers_logging.disable_progress_bar()
 
 
+class Geometry(NamedTuple):
+    """Of latents. factor: pixels a latent cell; patch: cells a token; per: frames a latent frame, 0 for pictures."""
+
+    channels: int
+    factor: int
+    patch: int
+    per: int = 0
+
+    def sides(self, request: Request) -> tuple[int, int]:
+        """Rows and columns of the latent, each a whole number of patches of the network. Raises UserError."""
+        unit = self.factor * self.patch
+        for name, value in (("height", request.height), ("width", request.width)):
+            if value % unit:
+                near = max(unit, round(value / unit) * unit)
+                raise UserError(
+                    f"model.{name}: {value} is not a multiple of {unit}, which this model needs; use {near}"
+                )
+        return request.height // self.factor, request.width // self.factor
+
+    def latent_frames(self, request: Request) -> int:
+        """Raises UserError for a number of frames that does not divide, or a video of a model that makes pictures."""
+        if not self.per:
+            if request.frames != 1:
+                raise UserError(f"model.frames: {request.frames}, and this model makes pictures; use 1")
+            return 1
+        if (request.frames - 1) % self.per:
+            near = request.frames // self.per * self.per + 1
+            raise UserError(f"model.frames: {request.frames} is not a multiple of {self.per} plus 1; use {near}")
+        return (request.frames - 1) // self.per + 1
+
+
 class DiffusersAdapter:
     """Base of the adapters. A subclass sets ``network_name``, ``target_groups`` and the protocol's model-specific methods."""
 
@@ -72,11 +110,16 @@ class DiffusersAdapter:
     target_groups: ClassVar[Mapping[str, Sequence[str]]] = {}
     feature_output: ClassVar[int] = -1
     pixel_multiple: ClassVar[int] = 1
-    """Sides of a latent are multiples of it: the patch of the network, where the autoencoder does not see to it."""
+    """Sides of a latent are multiples of it: the patch of the network."""
     guidance_boundary: float | None = None
     """Time below which the second guidance scale holds; None where there is one scale."""
     pipeline_name: ClassVar[str]
     embedded_name: ClassVar[str] = ""
+    encoder_names: ClassVar[Sequence[str]] = ("text_encoder",)
+    saved_buffers: ClassVar[Sequence[str]] = ()
+    """Tensors in the network's files that are no parameters."""
+    repeated_blocks: ClassVar[Sequence[str]] = ()
+    """Classes of the blocks to compile, where the network does not say so itself."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -84,6 +127,8 @@ class DiffusersAdapter:
         self.network: torch.nn.Module = getattr(pipe, self.network_name)
         self.autocast_dtype: torch.dtype | None = None
         self.has_lora = False
+        self.remembered: TextCache | None = None
+        self.geometry = type(self).geometry_of(pipe.vae.config, self.network_config)
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)
@@ -92,15 +137,111 @@ class DiffusersAdapter:
             pipe.vae.to(memory_format=torch.channels_last)
 
     @classmethod
-    def load(cls, path: str, dtype: torch.dtype, device: torch.device) -> Self:
-        """Load a pipeline from a folder, a hub id or the embedded assets."""
+    def load(cls, path: str, dtype: torch.dtype, device: torch.device, revision: str = "") -> Self:
+        """Load a pipeline from a folder, a hub id or the embedded assets. Raises UserError for one of another family."""
         _quiet()
         import diffusers
 
-        return cls(load_pipeline(getattr(diffusers, cls.pipeline_name), locate(path, cls.embedded_name), dtype, device))
+        place = locate(path, cls.embedded_name)
+        checks.check_family(cls, find(place, revision), path)
+        return cls(load_pipeline(getattr(diffusers, cls.pipeline_name), place, dtype, device, revision))
+
+    @classmethod
+    def folder(cls, model: Model) -> Folder | None:
+        """Where the model lies on this machine; None for a hub id that was never downloaded."""
+        return find(locate(model.path, cls.embedded_name), model.revision)
+
+    @classmethod
+    def check(cls, model: Model, texts: Sequence[str] = ()) -> None:
+        """Raise UserError for what can be known to be wrong before weights are read: see ``checks``."""
+        checks.check_model(cls, cls.folder(model), model, texts)
+
+    @classmethod
+    def size(cls, model: Model) -> ModelSize | None:
+        """What the model holds, from the headers of its files; None where they are not on this machine."""
+        folder = cls.folder(model)
+        if folder is None:
+            return None
+        checks.check_family(cls, folder, model.path)
+        return checks.size_of(cls, folder, model)
+
+    @classmethod
+    def licence(cls, model: Model) -> str:
+        """The licence that the model's own card states, "" where there is none."""
+        folder = cls.folder(model)
+        return folder.licence if folder is not None else ""
+
+    @classmethod
+    def network_names(cls, parts: Sequence[str]) -> tuple[str, ...]:
+        """Which of a pipeline's parts are trained."""
+        return (cls.network_name,)
+
+    @property
+    def network_config(self) -> Mapping[str, Any]:
+        return getattr(self.pipe, self.network_name).config  # type: ignore[no-any-return]
+
+    @property
+    def networks(self) -> list[Any]:
+        """The diffusers networks that are trained."""
+        return [self.network]
 
     def trainable(self) -> torch.nn.Module:
         return self.network
+
+    def configure(self, model: Model) -> None:
+        """Run the model as its settings say: checkpointed activations, compiled blocks, attention, tiles and slices."""
+        for network in self.networks:
+            if model.attention != "native":
+                execution.choose_attention(network, model.attention, self.device)
+            if model.activation_checkpointing:
+                execution.checkpoint_activations(network)
+            if model.compile == "regional":
+                execution.compile_blocks(network, self.repeated_blocks or network._repeated_blocks or ())
+        execution.divide_work(self.pipe.vae, model.vae_tiling, model.vae_slicing)
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    def text_of(self, request: Request, negative: bool) -> str:
+        return request.negative if negative else request.prompt
+
+    @classmethod
+    def text_limits(cls, tokenizers: Mapping[str, Any]) -> Mapping[str, int]:
+        """The most tokens of a prompt that are read, by the name of the tokenizer that counts them."""
+        return {}
+
+    def encode_texts(self, texts: list[str]) -> Encoded:
+        """What the text encoders make of texts: tensors, all with the texts first."""
+        raise NotImplementedError
+
+    def join_texts(self, rows: Sequence[Encoded]) -> Encoded:
+        """Encoded texts of one row each to a batch."""
+        return tuple(torch.cat(tensors) for tensors in zip(*rows, strict=True))
+
+    @staticmethod
+    def split_texts(encoded: Encoded, number: int) -> Encoded:
+        """Row ``number`` of a batch of encoded texts, as a batch of one."""
+        return tuple(tensor[number : number + 1] for tensor in encoded)
+
+    @torch.no_grad()
+    def encoded(self, requests: Sequence[Request], negative: bool) -> Encoded:
+        """The requests' texts encoded, or looked up where the encoders are gone. Raises UserError for one that is too long."""
+        texts = [self.text_of(request, negative) for request in requests]
+        self.check_lengths(texts)
+        return self.encode_texts(texts) if self.remembered is None else self.remembered(texts, self.device)
+
+    def check_lengths(self, texts: Sequence[str]) -> None:
+        """Raise UserError for the first text that an encoder would cut off."""
+        checks.check_lengths(self.text_limits(self.pipe.components), self.pipe.components, texts)
+
+    @torch.no_grad()
+    def free_text_encoders(self, requests: Sequence[Request], size: int) -> None:
+        """Encode every request, and its negative, ``size`` a call; then drop the text encoders. Others are refused later."""
+        cache = TextCache(self.split_texts, self.join_texts)
+        texts = [self.text_of(request, negative) for request in requests for negative in (False, True)]
+        self.check_lengths(list(dict.fromkeys(texts)))
+        cache.fill(texts, self.encode_texts, size)
+        self.remembered = cache
+        execution.free_encoders(self.pipe, self.encoder_names)
 
     def add_lora(self, rank: int, alpha: float, groups: Sequence[str], seed: int) -> None:
         from flowrl.pipelines.lora import add_lora
@@ -194,34 +335,35 @@ class DiffusersAdapter:
         latents: torch.Tensor = vae.encode((media * 2 - 1).to(vae.dtype)).latent_dist.mean.float()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
+    # -- sizes -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def geometry_of(cls, vae: Mapping[str, Any], network: Mapping[str, Any]) -> Geometry:
+        """The latent's geometry from the settings of the autoencoder and the network."""
+        factor = 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
+        return Geometry(vae.get("latent_channels", 4), factor, cls.pixel_multiple)
+
+    @classmethod
+    def latent_of(cls, geometry: Geometry, request: Request) -> tuple[int, ...]:
+        """Shape of one latent, without the batch. Raises UserError for a size that does not divide."""
+        geometry.latent_frames(request)
+        return (geometry.channels, *geometry.sides(request))
+
+    @classmethod
+    def text_tokens(cls, lengths: Mapping[str, int]) -> int:
+        """Tokens of text in the network's stream beside the picture's. lengths: the most that each tokenizer takes."""
+        return 0
+
+    @classmethod
+    def tokens_of(cls, geometry: Geometry, request: Request, lengths: Mapping[str, int]) -> int:
+        """Tokens of one sample in the network: patches of the picture, and text where they share a stream."""
+        rows, columns = geometry.sides(request)
+        patches = geometry.latent_frames(request) * (rows // geometry.patch) * (columns // geometry.patch)
+        return patches + cls.text_tokens(lengths)
+
     def latent_shape(self, request: Request) -> tuple[int, ...]:
-        return self.spatial_shape(request)
+        return self.latent_of(self.geometry, request)
 
     def spatial_shape(self, request: Request) -> tuple[int, int, int]:
         """(channels, rows, columns) of one picture's latent. Raises UserError for a size that does not divide."""
-        config = self.pipe.vae.config
-        channels = config.latent_channels if "latent_channels" in config else config.z_dim
-        return (channels, *self.sides(request, self.pipe.vae_scale_factor, self.pixel_multiple))
-
-    @staticmethod
-    def sides(request: Request, factor: int, patch: int) -> tuple[int, int]:
-        """Rows and columns of the latent, each a whole number of patches of the network."""
-        unit = factor * patch
-        for name, value in (("height", request.height), ("width", request.width)):
-            if value % unit:
-                near = max(unit, round(value / unit) * unit)
-                raise UserError(
-                    f"model.{name}: {value} is not a multiple of {unit}, which this model needs; use {near}"
-                )
-        return request.height // factor, request.width // factor
-
-    @staticmethod
-    def check_lengths(texts: Sequence[str], tokenizer: Any, limit: int) -> None:
-        """Raise UserError for the first prompt that the text encoder would cut off."""
-        for text in texts:
-            count = len(tokenizer(text).input_ids)
-            if count > limit:
-                raise UserError(
-                    f"data.prompts: a prompt of {count} tokens is longer than the {limit} that the text encoder takes, and "
-                    f"would lose its end; shorten it: {text[:80]!r}"
-                )
+        return (self.geometry.channels, *self.geometry.sides(request))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from flowrl.pipelines.base import DiffusersAdapter
 from flowrl.pipelines.packing import image_ids, pack, shifted_schedule, unpack
+from flowrl.pipelines.texts import Encoded
 
 from flowrl.records import Conditioning, Prediction, Request, Schedule
 
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
               "attn.to_add_out")  # fmt: skip
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+TEXT_LENGTH = 512
 
 
 class FluxAdapter(DiffusersAdapter):
@@ -28,19 +30,30 @@ class FluxAdapter(DiffusersAdapter):
     network_name = "transformer"
     target_groups = {"attention": _ATTENTION, "feed_forward": _FEED_FORWARD}  # noqa: RUF012 - typed in the base class
     pixel_multiple = 2
+    encoder_names = ("text_encoder", "text_encoder_2")
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         if not self.network.config.guidance_embeds:  # type: ignore[union-attr]
             self.guidance_rule = "linear"
 
-    @torch.no_grad()
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
-        texts = [r.negative if negative else r.prompt for r in requests]
-        length = min(512, self.pipe.tokenizer_2.model_max_length)
-        self.check_lengths(texts, self.pipe.tokenizer_2, length)
-        hidden, pooled, _ = self.pipe.encode_prompt(texts, None, device=self.device, max_sequence_length=length)
+        hidden, pooled = self.encoded(requests, negative)
         return Conditioning({"hidden": hidden, "pooled": pooled})
+
+    @classmethod
+    def text_limits(cls, tokenizers: Mapping[str, Any]) -> Mapping[str, int]:
+        # CLIP, which gives one vector, reads the beginning of a long prompt where T5 reads it all.
+        return {"tokenizer_2": min(TEXT_LENGTH, tokenizers["tokenizer_2"].model_max_length)}
+
+    @classmethod
+    def text_tokens(cls, lengths: Mapping[str, int]) -> int:
+        return min(TEXT_LENGTH, lengths.get("tokenizer_2", TEXT_LENGTH))
+
+    def encode_texts(self, texts: list[str]) -> Encoded:
+        length = min(TEXT_LENGTH, self.pipe.tokenizer_2.model_max_length)
+        hidden, pooled, _ = self.pipe.encode_prompt(texts, None, device=self.device, max_sequence_length=length)
+        return hidden, pooled
 
     def schedule(self, steps: int, request: Request) -> Schedule:
         _, height, width = self.latent_shape(request)

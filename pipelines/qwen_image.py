@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from flowrl.pipelines.base import DiffusersAdapter
+import torch.nn.functional as F
+from flowrl.pipelines.base import DiffusersAdapter, Geometry
 from flowrl.pipelines.latent_statistics import standardise, unstandardise
 from flowrl.pipelines.packing import pack, shifted_schedule, unpack
+from flowrl.pipelines.texts import Encoded
 
 from flowrl.records import Conditioning, Prediction, Request, Schedule
 
@@ -29,25 +32,52 @@ class QwenImageAdapter(DiffusersAdapter):
     target_groups = {"attention": _ATTENTION, "feed_forward": _FEED_FORWARD}  # noqa: RUF012 - typed in the base class
     pixel_multiple = 2
 
-    @torch.no_grad()
-    def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
+    @classmethod
+    def geometry_of(cls, vae: Mapping[str, Any], network: Mapping[str, Any]) -> Geometry:
+        halvings = len(vae.get("temperal_downsample", (False, True, True)))
+        return Geometry(vae.get("z_dim", 16), 2**halvings, cls.pixel_multiple)
+
+    def text_of(self, request: Request, negative: bool) -> str:
         # The stock pipeline reads an absent negative prompt as none at all; guidance needs one, and a blank is the custom.
-        texts = [(r.negative or " ") if negative else r.prompt for r in requests]
-        self.check_lengths(texts, self.pipe.tokenizer, TEXT_LENGTH)
+        return (request.negative or " ") if negative else request.prompt
+
+    @classmethod
+    def text_limits(cls, tokenizers: Mapping[str, Any]) -> Mapping[str, int]:
+        return {"tokenizer": TEXT_LENGTH}
+
+    def encode_texts(self, texts: list[str]) -> Encoded:
         hidden, mask = self.pipe.encode_prompt(texts, device=self.device, max_sequence_length=TEXT_LENGTH)
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return hidden, mask
+
+    @staticmethod
+    def split_texts(encoded: Encoded, number: int) -> Encoded:
+        hidden, mask = encoded
+        length = int(mask[number].sum())  # what follows is padding up to the longest of the call
+        return hidden[number : number + 1, :length], mask[number : number + 1, :length]
+
+    def join_texts(self, rows: Sequence[Encoded]) -> Encoded:
+        longest = max(mask.shape[1] for _, mask in rows)
+        hidden = [F.pad(h, (0, 0, 0, longest - h.shape[1])) for h, _ in rows]
+        mask = [F.pad(m, (0, longest - m.shape[1])) for _, m in rows]
+        return torch.cat(hidden), torch.cat(mask)
+
+    @torch.no_grad()
+    def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
+        hidden, mask = self.encoded(requests, negative)
         grid = torch.tensor([self._grid(r) for r in requests], device=hidden.device)
         return Conditioning({"hidden": hidden, "mask": mask, "grid": grid})
 
     def _grid(self, request: Request) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        factor = 2 * self.pipe.vae_scale_factor
+        factor = 2 * self.geometry.factor
         return request.height // factor, request.width // factor
 
-    def latent_shape(self, request: Request) -> tuple[int, ...]:
-        channels, height, width = self.spatial_shape(request)
-        return ((height // 2) * (width // 2), 4 * channels)
+    @classmethod
+    def latent_of(cls, geometry: Geometry, request: Request) -> tuple[int, ...]:
+        height, width = geometry.sides(request)
+        return ((height // 2) * (width // 2), 4 * geometry.channels)
 
     def schedule(self, steps: int, request: Request) -> Schedule:
         return shifted_schedule(self.pipe.scheduler, steps, self.latent_shape(request)[0])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from flowrl.pipelines.base import DiffusersAdapter
+from flowrl.pipelines.base import DiffusersAdapter, Geometry
+from flowrl.pipelines.texts import Encoded
 
 from flowrl.records import Conditioning, Prediction, Request, Schedule
 
@@ -22,9 +24,31 @@ class Sd3Adapter(DiffusersAdapter):
     network_name = "transformer"
     target_groups = {"attention": _ATTENTION, "feed_forward": _FEED_FORWARD}  # noqa: RUF012 - typed in the base class
 
-    @torch.no_grad()
+    encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    saved_buffers = ("pos_embed.pos_embed",)
+    repeated_blocks = ("JointTransformerBlock",)
+
+    @classmethod
+    def geometry_of(cls, vae: Mapping[str, Any], network: Mapping[str, Any]) -> Geometry:
+        return super().geometry_of(vae, network)._replace(patch=network.get("patch_size", 2))
+
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
-        texts = [r.negative if negative else r.prompt for r in requests]
+        hidden, pooled = self.encoded(requests, negative)
+        return Conditioning({"hidden": hidden, "pooled": pooled})
+
+    @classmethod
+    def text_limits(cls, tokenizers: Mapping[str, Any]) -> Mapping[str, int]:
+        # The two CLIPs read the beginning of a long prompt where T5 reads it all.
+        third = tokenizers.get("tokenizer_3")
+        if third is None:
+            return {"tokenizer": tokenizers["tokenizer"].model_max_length}
+        return {"tokenizer_3": min(256, third.model_max_length)}
+
+    @classmethod
+    def text_tokens(cls, lengths: Mapping[str, int]) -> int:
+        return lengths.get("tokenizer", 77) + min(256, lengths.get("tokenizer_3", 256))
+
+    def encode_texts(self, texts: list[str]) -> Encoded:
         hidden, _, pooled, _ = self.pipe.encode_prompt(
             texts,
             None,
@@ -33,7 +57,7 @@ class Sd3Adapter(DiffusersAdapter):
             device=self.device,
             max_sequence_length=self._text_length(),
         )
-        return Conditioning({"hidden": hidden, "pooled": pooled})
+        return hidden, pooled
 
     def _text_length(self) -> int:
         # The stock pipeline attends to max_sequence_length T5 tokens even without a T5, so a short tokenizer keeps it short.
@@ -48,7 +72,7 @@ class Sd3Adapter(DiffusersAdapter):
         mu = None
         if config.get("use_dynamic_shifting"):
             _, height, width = self.latent_shape(request)
-            patch = self.pipe.transformer.config.patch_size
+            patch = self.geometry.patch
             mu = calculate_shift(
                 (height // patch) * (width // patch),
                 config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from flowrl.pipelines.base import DiffusersAdapter
+from flowrl.pipelines.texts import Encoded
 
 from flowrl.errors import UserError
 from flowrl.records import Conditioning, Prediction, PredictionKind, Request, Schedule
@@ -25,12 +27,17 @@ class StableDiffusionAdapter(DiffusersAdapter):
         "feed_forward": ("ff.net.0.proj", "ff.net.2"),
     }
 
-    @torch.no_grad()
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
-        texts = [r.negative if negative else r.prompt for r in requests]
-        self.check_lengths(texts, self.pipe.tokenizer, self.pipe.tokenizer.model_max_length)
-        hidden, _ = self.pipe.encode_prompt(texts, self.device, 1, False)
+        (hidden,) = self.encoded(requests, negative)
         return Conditioning({"hidden": hidden})
+
+    @classmethod
+    def text_limits(cls, tokenizers: Mapping[str, Any]) -> Mapping[str, int]:
+        return {"tokenizer": tokenizers["tokenizer"].model_max_length}
+
+    def encode_texts(self, texts: list[str]) -> Encoded:
+        hidden, _ = self.pipe.encode_prompt(texts, self.device, 1, False)
+        return (hidden,)
 
     def schedule(self, steps: int, request: Request) -> Schedule:
         from diffusers import DDIMScheduler

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from flowrl.pipelines.base import DiffusersAdapter
+from flowrl.pipelines.base import DiffusersAdapter, Geometry
 from flowrl.pipelines.latent_statistics import standardise, unstandardise
 from flowrl.pipelines.packing import flow_schedule
+from flowrl.pipelines.texts import Encoded
 
 from flowrl.errors import UserError
 from flowrl.records import Conditioning, Prediction, Request, Schedule
@@ -60,6 +61,7 @@ class WanAdapter(DiffusersAdapter):
     """Velocity prediction on [C, F', H / f, W / f] latents of (frames - 1) / 4 + 1 = F' latent frames."""
 
     pipeline_name = "WanPipeline"
+    embedded_name = "embedded_wan"
     network_name = "transformer"
     target_groups = {  # noqa: RUF012 - typed in the base class
         "attention": _ATTENTION,
@@ -80,31 +82,45 @@ class WanAdapter(DiffusersAdapter):
             self.guidance_boundary = pipe.config.boundary_ratio
             self.network = Experts(pipe.transformer, pipe.transformer_2, pipe.config.boundary_ratio)
 
+    @classmethod
+    def geometry_of(cls, vae: Mapping[str, Any], network: Mapping[str, Any]) -> Geometry:
+        patch = network.get("patch_size", (1, 2, 2))[1]
+        return Geometry(
+            vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8), patch, vae.get("scale_factor_temporal", 4)
+        )
+
+    @classmethod
+    def latent_of(cls, geometry: Geometry, request: Request) -> tuple[int, ...]:
+        return (geometry.channels, geometry.latent_frames(request), *geometry.sides(request))
+
+    @classmethod
+    def network_names(cls, parts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in ("transformer", "transformer_2") if name in parts)
+
+    @property
+    def networks(self) -> list[Any]:
+        return [network for _, network in self.experts]
+
     @property
     def experts(self) -> list[tuple[str, torch.nn.Module]]:
         """(name in the pipeline, network): one, or the two of 2.2."""
         names = ("transformer", "transformer_2") if isinstance(self.network, Experts) else ("transformer",)
         return [(name, getattr(self.pipe, name)) for name in names]
 
-    @torch.no_grad()
     def encode(self, requests: Sequence[Request], negative: bool = False) -> Conditioning:
-        texts = [r.negative if negative else r.prompt for r in requests]
+        (hidden,) = self.encoded(requests, negative)
+        return Conditioning({"hidden": hidden})
+
+    @classmethod
+    def text_limits(cls, tokenizers: Mapping[str, Any]) -> Mapping[str, int]:
+        return {"tokenizer": min(TEXT_LENGTH, tokenizers["tokenizer"].model_max_length)}
+
+    def encode_texts(self, texts: list[str]) -> Encoded:
         length = min(TEXT_LENGTH, self.pipe.tokenizer.model_max_length)
-        self.check_lengths(texts, self.pipe.tokenizer, length)
         hidden, _ = self.pipe.encode_prompt(
             texts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=length
         )
-        return Conditioning({"hidden": hidden})
-
-    def latent_shape(self, request: Request) -> tuple[int, ...]:
-        per, channels = self.pipe.vae_scale_factor_temporal, self.pipe.vae.config.z_dim
-        if (request.frames - 1) % per:
-            near = request.frames // per * per + 1
-            raise UserError(f"model.frames: {request.frames} is not a multiple of {per} plus 1; use {near}")
-        height, width = self.sides(
-            request, self.pipe.vae_scale_factor_spatial, self.pipe.transformer.config.patch_size[1]
-        )
-        return (channels, (request.frames - 1) // per + 1, height, width)
+        return (hidden,)
 
     def schedule(self, steps: int, request: Request) -> Schedule:
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=8)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()  # key=value may stand behind options, as the usage above has it
     trainer = build(load(a.config, a.overrides), Backend()).trainer
     if a.run:
         trainer.load_state(store.load(a.run / "checkpoints").state)

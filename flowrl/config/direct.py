@@ -27,8 +27,9 @@ class Direct:
     number for each sample. stochastic: steps draw noise by rollout.kernel (always for adjoint_matching and ctrl).
     checkpoint: keep one latent in checkpoint_every steps and compute the steps again when their gradient is due; without
     it every step's activations are kept. repeats: further pictures of each sample, noised to the last step again
-    (draft_lv). margin, scale: ReFL's hinge. target: reward that alignprop aims at; null: as high as can be. temperature:
-    lambda of adjoint_matching, the reward's scale in nats of the whole latent. strength: gamma of ctrl. trained:
+    (draft_lv). margin, scale: ReFL's hinge; pretrain_weight: of its pre-training loss, the denoising error on samples that
+    the pre-trained model draws of the same prompts. target: reward that alignprop aims at; null: as high as can be.
+    temperature: lambda of adjoint_matching, the reward's scale in nats of the whole latent. strength: gamma of ctrl. trained:
     stochastic steps a sample that adjoint_matching trains on, a keyed choice, 0 for all; final: the last of them, always
     chosen. quantile: adjoint_matching drops losses above it; 1 keeps all.
     """
@@ -42,6 +43,7 @@ class Direct:
     repeats: int = 2
     margin: float = 2.0
     scale: float = 1e-3
+    pretrain_weight: float = 0.0
     target: float | None = None
     temperature: float = 1.0
     strength: float = 1.0
@@ -78,6 +80,13 @@ def _ranges(config: Config) -> Iterator[str]:
     for key in ("temperature", "strength", "scale"):
         if not vars(d)[key] > 0:
             yield f"direct.{key}: {vars(d)[key]} is out of range; use more than 0"
+    if not 0 <= d.pretrain_weight < math.inf:
+        yield f"direct.pretrain_weight: {d.pretrain_weight} is out of range; use 0 (without) or more"
+    elif d.pretrain_weight and config.objective.name != "refl":
+        yield (
+            f"direct.pretrain_weight: {config.objective.name} has no pre-training loss; remove it, or hold the model back by "
+            "objective.kl.form=velocity"
+        )
     if not 0 < d.quantile <= 1:
         yield f"direct.quantile: {d.quantile} is out of range; use more than 0 and at most 1"
 
@@ -190,7 +199,9 @@ def _charged(config: Config) -> list[bool]:
 
 def _one_step(config: Config, k: int) -> Calls:
     count, graded = _branches(config)
-    return Calls(count * k, count, graded, count * _charged(config)[k])
+    pretrains = config.direct.pretrain_weight > 0  # a sample of the reference, and one call with gradient, unguided
+    drawn = count * config.rollout.steps if pretrains else 0
+    return Calls(count * k, count + pretrains, graded + pretrains, count * _charged(config)[k] + drawn)
 
 
 def _chain(config: Config, kept: int, repeats: int = 0) -> Calls:

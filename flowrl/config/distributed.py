@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from flowrl.config.families import family_of
+
+if TYPE_CHECKING:
+    from flowrl.config.schema import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,11 +17,16 @@ class Distributed:
     """Several processes, started by torchrun or accelerate launch.
 
     processes: how many the run must have, or it stops at once; null: as many as the launcher started. timeout_s: seconds
-    that a process waits for the others before it gives up.
+    that a process waits for the others before it gives up. sharding: none (each process holds a whole copy of the trained
+    network) | fsdp2 (its weights, and in full fine-tuning their optimizer state and average, lie in parts in all processes).
+    gather: how long weights stay whole once they are: block (for one call of one block: least memory) | rollout (but for
+    the update) | iteration (always; only what the optimizer holds is then in parts).
     """
 
     processes: int | None = None
     timeout_s: float = 1800.0
+    sharding: Literal["none", "fsdp2"] = "none"
+    gather: Literal["block", "rollout", "iteration"] = "rollout"
 
 
 def distributed_problems(distributed: Distributed, groups: int, updates: int, world: int) -> Iterator[str]:
@@ -24,14 +35,38 @@ def distributed_problems(distributed: Distributed, groups: int, updates: int, wo
         yield f"distributed.processes: {distributed.processes} processes; use at least 1, or null for the launcher's number"
     if not distributed.timeout_s > 0:
         yield f"distributed.timeout_s: {distributed.timeout_s:g} seconds; use more than 0"
-    if groups >= 1 and groups % world:
-        fit = max(1, round(groups / world)) * world
+    if 1 <= groups < world:
         yield (
-            f"batch.groups: {groups} groups cannot be shared out over {world} processes; "
-            f"use a multiple of {world}, such as {fit}"
+            f"batch.groups: {groups} groups cannot be shared out over {world} processes, each of which needs one; "
+            f"use at least {world}, or fewer processes"
         )
     elif world > 1 and updates > groups // world >= 1 and updates <= groups:
         yield (
             f"objective.updates: each of {updates} updates needs a group of every process, and {world} processes have "
             f"{groups // world} each; use at most {groups // world} updates, or batch.groups={updates * world}"
         )
+
+
+def sharding_problems(config: Config) -> Iterator[str]:
+    """What cannot be done with a network in shards."""
+    distributed, model = config.distributed, config.model
+    if distributed.sharding == "none":
+        return
+    if family_of(config.objective.name) == "direct":
+        yield (
+            f"distributed.sharding: {config.objective.name} differentiates whole chains of network calls, which runs with "
+            "whole copies only; set none"
+        )
+    if config.rollout.guidance_low is not None and distributed.gather != "iteration":
+        yield (
+            f"distributed.gather: {distributed.gather} gathers blocks in one order, and a model with two experts "
+            "(rollout.guidance_low) runs them in turn; use iteration"
+        )
+    if model.train == "full":
+        if model.dtype == "fp16":
+            yield "distributed.sharding: fp16 scales gradients of whole weights; use model.dtype=bf16, or model.train=lora"
+        if config.tracking.pictures.enabled:
+            yield (
+                "tracking.pictures.enabled: compares with the base in the first process alone, which holds a part of it "
+                "under fsdp2 with model.train=full; set false"
+            )

@@ -44,6 +44,10 @@ def problems(config: Config) -> Iterator[str]:
         yield from _of(
             "estimator", "advantage", "advantage.name", a.name, "advantage.options", a.options, SUPPLIED | VALUES
         )
+    if a.whiten == "sample" and a.name not in PLAIN and _of_steps(a.name):
+        yield (
+            f"advantage.whiten: sample counts every sample once, and {a.name} gives one advantage a step; use step, or none"
+        )
     name = "" if o.name not in registry.names("objective") else loss_name(o)
     if name in registry.SURROGATES:
         yield from _options(name, registry.resolve("surrogate", name), "objective.loss_options", o.loss_options)
@@ -51,6 +55,14 @@ def problems(config: Config) -> Iterator[str]:
         yield from _of(
             "policy_loss", "policy_loss", "objective.loss", name, "objective.loss_options", o.loss_options, LOSS_INPUTS
         )
+
+
+def _of_steps(name: str) -> bool:
+    """Tell whether an estimator that a run can use gives one advantage a step: these, and no others, take the mask."""
+    from flowrl.advantage.catalogue import ESTIMATORS
+    from flowrl.advantage.pipeline import inputs_of
+
+    return name in ESTIMATORS and "mask" in inputs_of(ESTIMATORS[name])
 
 
 def _options(name: str, call: Callable[..., Any], key: str, options: Mapping[str, Any]) -> Iterator[str]:

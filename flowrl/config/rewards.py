@@ -346,6 +346,8 @@ def reads_latents(entry: RewardEntry) -> bool:
     said = declared(entry.name, "needs_latents")
     if said is not None:
         return bool(said)
+    if declared(entry.name, "differentiable") == "latents":
+        return True
     scored = declared(entry.name, "score")
     return "latents" in parameters_of(entry.name) or (callable(scored) and "latents" in _parameters(scored))
 

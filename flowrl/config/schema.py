@@ -14,40 +14,15 @@ from flowrl.config.distributed import Distributed
 from flowrl.config.evaluation import Measures
 from flowrl.config.forward import Forward
 from flowrl.config.guide import Euphonium, Guide, Search
+from flowrl.config.model import Model
 from flowrl.config.neighbours import Neighbours
 from flowrl.config.process import ActorCritic, Critic, ProcessEntry
 from flowrl.config.tracking import Tracking
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adaptation of the trained network. alpha / rank is the scale of the update."""
-
-    rank: int = 32
-    alpha: float = 64.0
-    targets: tuple[str, ...] = ("attention", "feed_forward")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """adapter: registry key of the family. path: a folder, a hub id, or "embedded" for the model in assets.
-
-    train: "lora" or "full". dtype: of the frozen weights and the forward pass; trained weights stay float32.
-    """
-
-    adapter: str = "sd3"
-    path: str = "embedded"
-    train: Literal["lora", "full"] = "lora"
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    lora: Lora = field(default_factory=Lora)
-    height: int = 36
-    width: int = 36
-    frames: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class Data:
-    """prompts: "world/v1" for the embedded world's training sentences, or a file.
+    """prompts: "world/v1" or "world/video1" for an embedded world's training sentences, or a file.
 
     format: "auto" takes world/... as the world and .txt as lines and .jsonl as jsonl; geneval and ocr are named.
     tags: how often each tag of the prompts is drawn, as {tag: weight}, uniformly within a tag; a tag left out is not drawn.
@@ -350,7 +325,7 @@ class Alarm:
 class Evaluation(Measures):
     """Paired evaluation: same prompts, noise, steps and guidance for every checkpoint.
 
-    prompts: "world/v1" (held-out sentences) or a file; count: distinct prompts; per_prompt: pictures each; every: iterations
+    prompts: a world (its held-out sentences) or a file; count: distinct prompts; per_prompt: pictures each; every: iterations
     between evaluations during training (0: only base and end); quick: prompts of those in-training evaluations.
     """
 

@@ -21,14 +21,17 @@ from flowrl.config import (
     trajectory,
 )
 from flowrl.config.dialect import ConfigError
-from flowrl.config.distributed import distributed_problems
+from flowrl.config.distributed import distributed_problems, sharding_problems
 from flowrl.config.families import family_of
 from flowrl.config.load import from_mapping
+from flowrl.config.model import problems as model_problems
 from flowrl.config.render import to_mapping
 from flowrl.config.schema import Config
 
-WORLDS = ("world/v1",)
+WORLDS = ("world/v1", "world/video1")
 EMBEDDED_SIZE = 36
+EMBEDDED_CLIP = (24, 24, 5)
+"""Height, width and frames of the embedded video model, adapter wan."""
 MAX_SEED = 2**63 - 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -67,7 +70,8 @@ def validate(config: Config, world_size: int = 1) -> list[str]:
     for part in _CHECKS:
         problems += part(config)
     groups, updates = config.batch.groups, config.objective.updates
-    return problems + list(distributed_problems(config.distributed, groups, updates, world_size))
+    problems += distributed_problems(config.distributed, groups, updates, world_size)
+    return problems + list(sharding_problems(config))
 
 
 def check(config: Config, world_size: int = 1) -> Config:
@@ -105,6 +109,11 @@ def _run(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model = config.model
+    yield from model_problems(model)
+    if model.dtype == "fp16" and config.distributed.sharding != "none":
+        yield "model.dtype: fp16 scales the gradients of whole weights, and distributed.sharding splits them; use bf16"
+    if model.free_text_encoders and config.data.preferences:
+        yield "model.free_text_encoders: the prompts of data.preferences are encoded as they come; set it to false"
     if model.adapter not in registry.names("pipeline") and ":" not in model.adapter:
         yield f"model.adapter: {registry.unknown('pipeline', model.adapter)}"
     if model.train == "lora" and not model.lora.targets:
@@ -112,7 +121,14 @@ def _model(config: Config) -> Iterator[str]:
             "model.lora.targets: is empty, so nothing would be trained; "
             "use [attention, feed_forward] or model.train=full"
         )
-    if model.path == "embedded":
+    if model.path == "embedded" and model.adapter == "wan":
+        if (model.height, model.width, model.frames) != EMBEDDED_CLIP:
+            height, width, frames = EMBEDDED_CLIP
+            yield (
+                f"model.height, model.width, model.frames: the embedded video model makes {frames} frames of {height} x "
+                f"{width}, not {model.frames} of {model.height} x {model.width}; set those"
+            )
+    elif model.path == "embedded":
         if (model.height, model.width) != (EMBEDDED_SIZE, EMBEDDED_SIZE) and min(model.height, model.width) >= 1:
             yield (
                 f"model.height, model.width: the embedded model makes pictures of {EMBEDDED_SIZE} x {EMBEDDED_SIZE}, "

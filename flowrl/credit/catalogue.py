@@ -20,7 +20,7 @@ METHODS = (
             "exact": _PROCESS + "test_extrapolation_of_a_linear_reward_on_gaussian_data",
             "identity": _VALUES + "test_one_step_extrapolation_is_credit_values_x0",
         },
-        config='process=[{"name":"x0"}] credit.values=process advantage.name=stepwise',
+        config="""'process=[{"name":"x0"}]' credit.values=process advantage.name=stepwise""",
     ),
     Method(
         key="process_latent",

@@ -30,6 +30,9 @@ class CriticBatch:
     text: Tensor
     target: Tensor
 
+    def __getitem__(self, rows: slice) -> CriticBatch:
+        return CriticBatch(*(value[rows] for value in vars(self).values()))
+
 
 class Recent:
     """Rows of the last ``keep`` iterations: named tensors, equally long."""
@@ -133,11 +136,12 @@ class ValueCritic:
         self,
         draw: Callable[[int], CriticBatch],
         add_gradients: Callable[[Sequence[torch.nn.Parameter]], object],
-        world: int = 1,
+        count: int | None = None,
     ) -> float | None:
         """Do ``steps`` optimizer steps; returns the mean loss, None where nothing was learnt.
 
-        draw: number of the step -> states; add_gradients: adds up gradients over ``world`` processes.
+        draw: number of the step -> states; add_gradients: adds up gradients over processes. count: states of a step in all
+        processes together, None: those of ``draw``; the loss returned is then this process's part of the mean.
         """
         if self.stopped:
             return None
@@ -145,11 +149,14 @@ class ValueCritic:
         losses = []
         for step in range(self.settings.steps):
             batch = draw(step)
-            output = self.network(batch.x, batch.t, batch.text)
-            loss = critic_loss(
-                self.settings.loss, output, batch.target, delta=self.settings.delta, edges=self.edges
-            ).mean()
-            (loss / world).backward()  # type: ignore[no-untyped-call]
+            loss = torch.zeros(())
+            if len(batch.target):
+                output = self.network(batch.x, batch.t, batch.text)
+                own = critic_loss(
+                    self.settings.loss, output, batch.target, delta=self.settings.delta, edges=self.edges
+                ).mean()
+                loss = own * (len(batch.target) / (count or len(batch.target)))
+                loss.backward()  # type: ignore[no-untyped-call]
             add_gradients(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
             if not math.isfinite(norm):

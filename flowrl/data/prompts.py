@@ -26,9 +26,9 @@ def read_prompts(path: str | Path, format: str = "auto") -> list[PromptRow]:
     """Read a prompt file whole; ``prompt_id`` is the row, counted from 0.
 
     format: "lines" (one prompt a line, spaces at both ends taken off; commas and quotes are text) | "jsonl" (one JSON
-    object a line with "prompt"; its other keys become metadata, "image" being a file beside this one) | "geneval" (tag,
-    include, exclude, prompt, nothing else) | "ocr" (lines with exactly one target in straight double quotes; metadata
-    {"target": ...}) | "auto" (.txt is lines, .jsonl is jsonl). Raises UserError with file and line.
+    object a line with "prompt"; its other keys become metadata, "image" and "video" being files beside this one) |
+    "geneval" (tag, include, exclude, prompt, nothing else) | "ocr" (lines with exactly one target in straight double
+    quotes; metadata {"target": ...}) | "auto" (.txt is lines, .jsonl is jsonl). Raises UserError with file and line.
     """
     name = _format(path, format)
     parse = _PARSERS[name]

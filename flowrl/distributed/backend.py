@@ -6,8 +6,10 @@ A single process imports no distributed package. Under torchrun (WORLD_SIZE > 1)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,21 +17,30 @@ from torch import Tensor
 from flowrl.distributed.launch import processes_of
 from flowrl.errors import UserError
 
+if TYPE_CHECKING:
+    from flowrl.distributed.sharding import Gather, Sharded
+
 BUCKET = 1 << 24
 """Elements of gradients that one collective adds up, at least, where there are more: 64 MB in float32."""
+
+CHECK_EVERY = 10
+"""Iterations between two checks of the weights that are gathered from shards; each gathers the whole network once."""
 
 
 class Backend:
     """This process among ``world`` ones; every method is the identity when it is alone.
 
     processes: how many there must be (``distributed.processes``), None: as many as the launcher started. timeout_s: how
-    long to wait for the others. collectives: how often this process has met the others so far. Raises UserError where the
-    launcher did not start what it was asked for.
+    long to wait for the others. sharding: ``distributed.sharding``, which a launcher may have been told too. collectives:
+    how often this process has met the others so far. Raises UserError where the launcher did not start what it was asked
+    for.
     """
 
-    def __init__(self, processes: int | None = None, timeout_s: float = 1800.0) -> None:
-        self.world = processes_of(os.environ, processes)
+    def __init__(self, processes: int | None = None, timeout_s: float = 1800.0, sharding: str = "none") -> None:
+        self.world = processes_of(os.environ, processes, sharding)
         self.rank = self.collectives = 0
+        self.timeout_s = timeout_s
+        self.sharded: Sharded | None = None
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         if self.world == 1:
             self.device = torch.device("cpu" if on_cpu else "cuda")
@@ -61,22 +72,23 @@ class Backend:
         return f"{self.world} processes on {self.device.type} ({torch.distributed.get_backend()})"
 
     def share(self, count: int, updates: int = 1) -> range:
-        """This process's part of ``count`` groups; ValueError where they do not divide evenly.
+        """This process's part of ``count`` groups, of which some processes may have one more than others.
 
         A contiguous part for one update an iteration. For more, every ``world``-th group, so that each update (a contiguous
-        part of all groups, whatever the number of processes) has a part of each process's.
+        part of all groups, whatever the number of processes) has a part of each process's. ValueError where there are fewer
+        groups than processes.
         """
-        if count % self.world:
-            raise ValueError(f"batch.groups: {count} groups cannot be dealt evenly to {self.world} processes")
+        if count < self.world:
+            raise ValueError(f"batch.groups: {count} groups cannot be dealt to {self.world} processes")
         if updates > 1:
             return range(self.rank, count, self.world)
-        part = count // self.world
-        return range(self.rank * part, (self.rank + 1) * part)
+        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def stack(self, row: Tensor) -> Tensor:
         """All processes' tensors of one shape, in rank order, in one collective: [world, ...]."""
         if self.world == 1:
             return row[None]
+        self._meet()
         own = row.to(self.device).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.world)]
         self.collectives += 1
@@ -126,18 +138,83 @@ class Backend:
         """Sum the gradients over processes, in place; losses carry the global normalisation already.
 
         A parameter without a gradient counts as 0. Gradients travel together, in buckets of one dtype, so that an update
-        costs one collective where there are not many.
+        costs one collective where there are not many; those of shards, one collective a block.
         """
         if self.world == 1:
             return
-        for bucket in _buckets(parameters):
+        shards, whole = self._sorted(parameters)
+        if self.sharded is not None and shards:
+            self._meet()
+            self.collectives += self.sharded.add_gradients()
+        for bucket in _buckets(whole):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             summed = torch.split(self._reduced(flat, torch.distributed.ReduceOp.SUM), [p.numel() for p in bucket])
             for parameter, part in zip(bucket, summed, strict=True):
                 parameter.grad = part.reshape(parameter.shape).clone()
 
+    def clip_gradients(self, parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+        """Scale gradients down to a norm of at most ``limit`` over all parameters, shards included; returns the norm before."""
+        if self.sharded is None:
+            return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        from flowrl.distributed.sharding import gradient_norm
+
+        shards, whole = ([p.grad for p in part if p.grad is not None] for part in self._sorted(parameters))
+        norm = float(gradient_norm(shards, whole, self.total))
+        if shards or whole:
+            torch._foreach_mul_([*shards, *whole], min(1.0, limit / (norm + 1e-6)))
+        return norm
+
+    def _sorted(
+        self, parameters: Sequence[torch.nn.Parameter]
+    ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        """(shards, what every process has a whole copy of)."""
+        own = set() if self.sharded is None else {id(held.local) for held in self.sharded.by_name.values()}
+        return [p for p in parameters if id(p) in own], [p for p in parameters if id(p) not in own]
+
+    # -- a network in shards ---------------------------------------------------------------------------------------
+
+    def shard(self, network: torch.nn.Module, gather: Gather, example: Callable[[], Tensor]) -> None:
+        """Split a network over the processes, where there are several; see `flowrl.distributed.sharding`."""
+        if self.world == 1:
+            return
+        from flowrl.distributed.sharding import Sharded, check_torch
+
+        check_torch()
+        self.sharded = Sharded(network, self.rank, self.world, self.device, gather, self.timeout_s, example)
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a process may leave a network call halfway: not where a call is itself a meeting."""
+        return self.sharded is None or self.sharded.gathered
+
+    def updating(self) -> AbstractContextManager[None]:
+        """The part of an iteration that changes weights."""
+        return nullcontext() if self.sharded is None else self.sharded.updating()
+
+    def exporting(self) -> AbstractContextManager[None]:
+        """Within the block the first process's trained weights are whole; all processes enter it."""
+        return nullcontext() if self.sharded is None else self.sharded.exporting(self.leads)
+
+    def backward(self, loss: Tensor) -> None:
+        """``loss.backward()`` for a loss of the trained network; processes may call it in unequal numbers."""
+        if self.sharded is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self.sharded.backward(loss)
+
+    def check_shards(self, iteration: int) -> None:
+        """Every CHECK_EVERY iterations, compare the weights that the processes gather from their shards."""
+        if self.sharded is not None and (iteration + 1) % CHECK_EVERY == 0:
+            self.collectives += 1
+            self.sharded.check()
+
+    def _meet(self) -> None:
+        if self.sharded is not None:
+            self.sharded.meet()
+
     def _reduced(self, values: Tensor, how: torch.distributed.ReduceOp.RedOpType) -> Tensor:
+        self._meet()
         made = values.to(self.device).clone()
         self.collectives += 1
         torch.distributed.all_reduce(made, op=how)

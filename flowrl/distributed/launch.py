@@ -8,8 +8,8 @@ from flowrl.errors import UserError
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """What mpirun and srun say of the number of processes; a run joins them only through WORLD_SIZE."""
-SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""Ways of splitting a model that accelerate launch can be asked for."""
+ZERO = {"1": "iteration", "2": "iteration", "3": "block"}
+"""DeepSpeed's stages, and the ``distributed.gather`` under which fsdp2 splits as much or more."""
 
 
 def world_size(environment: Mapping[str, str]) -> int:
@@ -22,12 +22,13 @@ def world_size(environment: Mapping[str, str]) -> int:
     return int(text)
 
 
-def processes_of(environment: Mapping[str, str], wanted: int | None = None) -> int:
+def processes_of(environment: Mapping[str, str], wanted: int | None = None, sharding: str = "none") -> int:
     """Number of processes of this run: at least 1.
 
-    wanted: ``distributed.processes``. Raises UserError where the launcher was asked for another number than it started:
-    ``accelerate launch --cpu --num_processes 2`` starts one process and says nothing, and processes under mpirun or srun
-    alone do not know of each other, so each would train on its own and write to one folder.
+    wanted: ``distributed.processes``; sharding: ``distributed.sharding``. Raises UserError where the launcher was asked for
+    something else than it started or the config says: ``accelerate launch --cpu --num_processes 2`` starts one process and
+    says nothing, and processes under mpirun or srun alone do not know of each other, so each would train on its own and
+    write to one folder.
     """
     world = world_size(environment)
     if world > 1 and "RANK" not in environment:
@@ -40,15 +41,35 @@ def processes_of(environment: Mapping[str, str], wanted: int | None = None) -> i
             f"distributed.processes: {wanted} asked for, and the launcher started {world}; use torchrun --nproc_per_node "
             f"{wanted} scripts/train.py CONFIG, or distributed.processes={world}"
         )
-    for name, what in SHARDING.items():
-        if environment.get(name, "").lower() == "true":
-            raise UserError(
-                f"{name} is set: accelerate launch was asked for {what}, which flowrl does not do yet; every process holds a "
-                "whole copy of the model (DDP). Launch with configs/accelerate/ddp.yaml, or with torchrun"
-            )
+    _check_sharding(environment, sharding)
     if world == 1 and wanted is None:
         _check_alone(environment)
     return world
+
+
+def _check_sharding(environment: Mapping[str, str], sharding: str) -> None:
+    """Raise UserError where accelerate launch was asked for another way of splitting the model than the config is."""
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        gather = ZERO.get(stage, "rollout")
+        raise UserError(
+            f"ACCELERATE_USE_DEEPSPEED is set: accelerate launch was asked for DeepSpeed (stage {stage or 'unknown'}), whose "
+            "engine flowrl does not drive, with or without the package (flowrl[deepspeed]). Launch with torchrun or "
+            f"configs/accelerate/fsdp2.yaml and set distributed.sharding=fsdp2 distributed.gather={gather}, which splits at "
+            "least as much"
+        )
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = environment.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise UserError(
+                f"ACCELERATE_USE_FSDP is set with version {version} of FSDP; flowrl uses 2: set fsdp_version: 2, as "
+                "configs/accelerate/fsdp2.yaml does"
+            )
+        if sharding != "fsdp2":
+            raise UserError(
+                "ACCELERATE_USE_FSDP is set: accelerate launch was asked for FSDP, and distributed.sharding is "
+                f"{sharding}; set distributed.sharding=fsdp2, or launch with configs/accelerate/ddp.yaml"
+            )
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from flowrl import rng
 from flowrl.config.schema import Config
+from flowrl.credit.networks import pooled_text
 from flowrl.distributed.backend import Backend
 from flowrl.evaluation.searching import Draw
 from flowrl.protocols import PipelineAdapter
@@ -85,11 +86,8 @@ def evaluate(
             parts = [
                 _draw(adapter, policy, mine[at : at + size], settings.seed, draw) for at in range(0, len(mine), size)
             ]
-            media, latents = np.concatenate([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-            asked = [request for request, _ in mine]
-            batch = RewardBatch(
-                media, [r.prompt for r in asked], [r.metadata for r in asked], [r.prompt_id for r in asked], latents
-            )
+            batch = _batch([request for request, _ in mine], parts)
+            media = batch.images
             made = list(_rows(mine, rewards.score(batch), rewards.gold, which, iteration, settings.seed))
         for found, pictures in _exchange(made, media, backend):
             rows += found
@@ -97,19 +95,34 @@ def evaluate(
     return Evaluated(rows, np.concatenate(images))
 
 
+def _batch(
+    asked: Sequence[Request], parts: Sequence[tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor]]
+) -> RewardBatch:
+    """What rewards see of requests, drawn in parts (pictures, latents, pooled text)."""
+    import numpy as np
+
+    media = np.concatenate([part[0] for part in parts])
+    latents, text = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+    prompts, metadata, ids = [r.prompt for r in asked], [r.metadata for r in asked], [r.prompt_id for r in asked]
+    return RewardBatch(media, prompts, metadata, ids, latents, text=text)
+
+
 def _draw(
     adapter: PipelineAdapter, policy: Policy, part: Sequence[tuple[Request, int]], seed: int, draw: Draw | None
-) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
-    """Pictures uint8 [B, H, W, 3], or videos [B, F, H, W, 3], and their latents."""
+) -> tuple[npt.NDArray[np.uint8], torch.Tensor, torch.Tensor]:
+    """Pictures uint8 [B, H, W, 3], or videos [B, F, H, W, 3], their latents, and the pooled text of their prompts."""
     asked = [request for request, _ in part]
     keys = [rng.key(seed, 0, r.prompt_id, member=m, stream="evaluation") for r, m in part]
     if draw is None:
-        x0 = sample(policy, policy.encode(asked), rng.normal(keys, adapter.latent_shape(asked[0])))
+        prompted = policy.encode(asked)
+        text = pooled_text(prompted.positive)
+        x0 = sample(policy, prompted, rng.normal(keys, adapter.latent_shape(asked[0])))
     else:
+        text = pooled_text(adapter.encode(asked))
         x0 = draw(policy, part, seed)
     with torch.no_grad():
         decoded = (adapter.decode(x0, asked[0]).nan_to_num(0.0) * 255).round().to(torch.uint8)
-    return decoded.movedim(1, -1).cpu().numpy(), x0
+    return decoded.movedim(1, -1).cpu().numpy(), x0, text
 
 
 def _exchange(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowrl import rng
 from flowrl.config.schema import Config
+from flowrl.credit.networks import pooled_text
 from flowrl.credit.process.combine import ProcessMember
 from flowrl.distributed.backend import Backend
 from flowrl.protocols import PipelineAdapter
@@ -41,12 +42,14 @@ def outcome_judge(adapter: PipelineAdapter, rewards: RewardRuntime, size: int) -
     """The score of an evaluation's rewards, of decoded pictures in calls of at most ``size``."""
 
     def ask(x: Tensor, k: int, prompted: Prompted) -> Tensor:
-        return torch.cat([part(x[at : at + size], prompted.requests[at : at + size]) for at in range(0, len(x), size)])
+        text = pooled_text(prompted.positive)
+        chunks = [slice(at, at + size) for at in range(0, len(x), size)]
+        return torch.cat([part(x[rows], prompted.requests[rows], text[rows]) for rows in chunks])
 
-    def part(x: Tensor, asked: Sequence[Request]) -> Tensor:
+    def part(x: Tensor, asked: Sequence[Request], text: Tensor) -> Tensor:
         batch = RewardBatch(
             pictures_of(adapter, x, asked[0]).numpy(), [r.prompt for r in asked],
-            [r.metadata for r in asked], [r.prompt_id for r in asked], x,
+            [r.metadata for r in asked], [r.prompt_id for r in asked], x, text=text,
         )  # fmt: skip
         found = rewards.score(batch)
         scores = torch.from_numpy(found.scores).double()

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowrl.config.rewards import Shape, apply_preset, labels, read_shaping, short_name, split_preset
 from flowrl.config.schema import RewardEntry
 from flowrl.errors import UserError
-from flowrl.protocols import DifferentiableReward
+from flowrl.protocols import DifferentiableReward, TextReward
 from flowrl.records import Request
 from flowrl.registry import check_arguments, resolve
 
@@ -53,7 +53,7 @@ class GradedRewards:
     """
 
     def __init__(self, entries: Sequence[RewardEntry]) -> None:
-        self._members: list[tuple[str, float, DifferentiableReward, tuple[Shape, ...]]] = []
+        self._members: list[tuple[str, float, DifferentiableReward | TextReward, tuple[Shape, ...]]] = []
         for label, entry in zip(labels(entries), entries, strict=True):
             if entry.duty == "train":
                 reward, divisor = _load(entry)
@@ -63,10 +63,21 @@ class GradedRewards:
     def needs_pictures(self) -> bool:
         return any(reward.differentiable == "pictures" for _, _, reward, _ in self._members)
 
+    @property
+    def needs_text(self) -> bool:
+        return any(isinstance(reward, TextReward) for _, _, reward, _ in self._members)
+
     def grade(
-        self, x0: Tensor, requests: Sequence[Request], decode: Decode, objective: Callable[[Tensor], Tensor]
+        self,
+        x0: Tensor,
+        requests: Sequence[Request],
+        decode: Decode,
+        objective: Callable[[Tensor], Tensor],
+        text: Tensor | None = None,
     ) -> Graded:
         """Score latents and differentiate. x0: [B, ...]; objective: score [B] -> loss [B], each sample's own.
+
+        text: pooled text [B, D], for rewards that read it (TextReward).
 
         Decodes once, with gradient, and only where a reward reads pictures.
         """
@@ -76,7 +87,7 @@ class GradedRewards:
             total = torch.zeros(len(x0), device=x0.device)
             scores = {}
             for label, weight, reward, shapes in self._members:
-                value = _value(label, reward, point, pictures, requests)
+                value = _value(label, reward, point, pictures, requests, text)
                 scores[label] = value.detach()
                 total = total + weight * _shaped(value, shapes)
             loss = objective(total)
@@ -89,7 +100,7 @@ class GradedRewards:
         return Graded(loss.detach(), gradient, total.detach(), scores, valid)
 
 
-def _load(entry: RewardEntry) -> tuple[DifferentiableReward, float]:
+def _load(entry: RewardEntry) -> tuple[DifferentiableReward | TextReward, float]:
     key, _ = split_preset(entry.name)
     found = resolve("reward", key)
     args, divisor = apply_preset(entry.name, entry.args, found)
@@ -114,10 +125,20 @@ def _smooth(entry: RewardEntry) -> tuple[Shape, ...]:
 
 
 def _value(
-    label: str, reward: DifferentiableReward, x0: Tensor, pictures: Tensor | None, requests: Sequence[Request]
+    label: str,
+    reward: DifferentiableReward | TextReward,
+    x0: Tensor,
+    pictures: Tensor | None,
+    requests: Sequence[Request],
+    text: Tensor | None,
 ) -> Tensor:
     read = x0 if reward.differentiable == "latents" or pictures is None else pictures
-    value = reward.value(read, requests)
+    if isinstance(reward, TextReward):
+        if text is None:
+            raise ValueError(f"reward {label!r}: it reads pooled text, and none was given")
+        value = reward.value(read, requests, text)
+    else:
+        value = reward.value(read, requests)
     if value.shape != (len(x0),):
         raise UserError(
             f"reward {label!r}: value returned shape {list(value.shape)} for {len(x0)} samples; return one number a sample"

@@ -21,4 +21,5 @@ def take(batch: RewardBatch, rows: Sequence[int]) -> RewardBatch:
         group_ids=[batch.group_ids[row] for row in index] if batch.group_ids else (),
         latents=None if batch.latents is None else batch.latents[index],
         reference=None if batch.reference is None else batch.reference[index],
+        text=None if batch.text is None else batch.text[index],
     )

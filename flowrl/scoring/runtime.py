@@ -191,7 +191,7 @@ class RewardRuntime:
         start = time.perf_counter()
         whole: Future[Scored] = Future()
         # Pictures that were met before are known to the cache; latents never come twice.
-        plain = batch if batch.latents is None else replace(batch, latents=None)
+        plain = batch if batch.latents is None else replace(batch, latents=None, text=None)
         parts = [member.executor.submit(batch if member.latents else plain) for member in members]
         left, lock = [len(parts)], threading.Lock()
 

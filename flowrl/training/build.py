@@ -10,21 +10,29 @@ from typing import Any
 import torch
 
 from flowrl import registry, rng
+from flowrl.config.model import require
 from flowrl.config.rewards import judging
 from flowrl.config.schema import Config
 from flowrl.data.conditions import in_turn, multiply_out
 from flowrl.data.prompts import read_prompts
 from flowrl.data.sampler import weights_by_tag
 from flowrl.distributed.backend import Backend
+from flowrl.distributed.replicas import check_models
+from flowrl.errors import UserError
 from flowrl.evaluation.features import FeatureNetwork, load_features
-from flowrl.protocols import PipelineAdapter
+from flowrl.fit import check_model, device_bytes
+from flowrl.protocols import Configurable, PipelineAdapter
 from flowrl.records import PromptRow
 from flowrl.rollout.conditions import Conditioned
+from flowrl.rollout.policy import Policy
+from flowrl.rollout.requests import request_of
 from flowrl.scoring.runtime import RewardRuntime
 from flowrl.training.trainer import Trainer
 from flowrl.training.update import Reference
 from flowrl.training.weights import Weights, snapshot_reference
 from flowrl.worlds.prompts import evaluation_rows, tag_weights, world_rows
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ def training_prompts(config: Config) -> tuple[list[PromptRow], list[float] | Non
     """The rows to train on and how likely each is drawn (None: one pass after another)."""
     if config.data.prompts.startswith("world/"):
         rows = world_rows(config.data.prompts, "train")
-        return rows, weights_by_tag(rows, config.data.tags) if config.data.tags else tag_weights(rows)
+        tags = config.data.tags
+        return rows, weights_by_tag(rows, tags) if tags else tag_weights(rows, config.data.prompts)
     rows = read_prompts(Path(config.data.prompts), config.data.format)
     return rows, weights_by_tag(rows, config.data.tags) if config.data.tags else None
 
@@ -78,19 +87,54 @@ def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
         )
     else:
         adapter.trainable().requires_grad_(True)
-        if model.dtype == "bf16":
-            adapter.autocast_dtype = torch.bfloat16
+        adapter.autocast_dtype = HALVES.get(model.dtype)
     if config.condition.attributes:
         return Conditioned(adapter, config.condition.attributes, config.condition.tensor)
     return adapter  # type: ignore[no-any-return]
 
 
 def bare_adapter(config: Config, device: torch.device) -> Any:
-    """Load the model as it is; full fine-tuning keeps its weights in float32 whatever model.dtype says."""
+    """Load the model as it is, to run as ``model`` says; full fine-tuning keeps float32 weights whatever model.dtype says."""
     model = config.model
+    require(model)
     family: Any = registry.resolve("pipeline", model.adapter)
-    half = model.dtype == "bf16" and model.train == "lora"
-    return family.load(model.path, torch.bfloat16 if half else torch.float32, device)
+    dtype = HALVES.get(model.dtype, torch.float32) if model.train == "lora" else torch.float32
+    pinned = (model.revision,) if model.revision else ()
+    adapter = family.load(model.path, dtype, device, *pinned)
+    if model.optioned:
+        _configurable(adapter, model.adapter).configure(model)
+    return adapter
+
+
+def _configurable(adapter: object, name: str) -> Configurable:
+    if not isinstance(adapter, Configurable):
+        raise UserError(
+            f"model.adapter: {name} runs its model in one way only (it has no configure and free_text_encoders); leave out "
+            "activation_checkpointing, compile, attention, free_text_encoders, vae_tiling and vae_slicing"
+        )
+    return adapter
+
+
+def free_text_encoders(config: Config, adapter: Any, rows: Sequence[PromptRow]) -> None:
+    """Encode the prompts of ``rows`` once and drop the text encoders, where the config asks for it."""
+    if config.model.free_text_encoders:
+        inner = adapter.inner if isinstance(adapter, Conditioned) else adapter
+        size = config.batch.micro_batch
+        _configurable(inner, config.model.adapter).free_text_encoders([request_of(config, row) for row in rows], size)
+
+
+def shard(config: Config, adapter: PipelineAdapter, row: PromptRow, backend: Backend) -> None:
+    """Split the network over the processes where ``distributed.sharding`` says so and there are several."""
+    if config.distributed.sharding == "none" or backend.world == 1:
+        return
+    network, request = adapter.trainable(), request_of(config, row)
+    check_models(dict(network.named_parameters()), backend)
+    schedule = adapter.schedule(config.rollout.steps, request)
+    policy = Policy(adapter, schedule, "ode", 0.0, config.rollout.guidance)
+    given = policy.encode([request]).positive
+    x = rng.normal([rng.key(config.seed, 0, stream="initial")], adapter.latent_shape(request)).to(adapter.device)
+    t = schedule.t[:1].to(adapter.device)
+    backend.shard(network, config.distributed.gather, lambda: adapter.predict(x, t, given).value)
 
 
 def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Trainer) -> Parts:
@@ -102,16 +146,19 @@ def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Train
     held_out = judged_prompts(config)
     if config.condition.attributes:
         rows, row_weights = multiply_out(rows, row_weights, config.condition.attributes)
+    check_model(config, [*rows, *held_out], device_bytes(backend.device))
     rewards = RewardRuntime(config.rewards, config.failures)
     judged_by = evaluation_rewards(config, rewards)
     networks = load_features(config.evaluation.features) if backend.leads else {}
     if config.threads:
         torch.set_num_threads(config.threads)
     adapter = load_adapter(config, backend.device)
+    free_text_encoders(config, adapter, [*rows, *held_out])
+    shard(config, adapter, rows[0], backend)
     if config.model.train == "lora":
         reference: Reference = adapter.lora_off
     else:
-        reference = snapshot_reference(Weights(adapter.trainable()))
+        reference = snapshot_reference(Weights(adapter.trainable(), sharded=backend.sharded))
     trainer = trainer_class(
         config, adapter, rewards, rows, row_weights=row_weights, reference=reference, backend=backend
     )

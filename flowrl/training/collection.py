@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowrl.config.schema import Config
+from flowrl.credit.networks import pooled_text
 from flowrl.credit.process import ProcessSet
 from flowrl.credit.values import spread_values
 from flowrl.data.pictures import references
@@ -28,6 +29,7 @@ from flowrl.scoring.runtime import RewardRuntime, Scored, join
 from flowrl.training import metrics
 from flowrl.training.batch import Visit
 from flowrl.training.critics import CreditCritic
+from flowrl.training.micro import MicroBatch
 from flowrl.training.process import credited_values, process_metrics
 from flowrl.training.states import estimates, state_at, valued_states
 
@@ -103,10 +105,12 @@ class Collector:
         *,
         transitions: bool = True,
         arrange: Callable[[RolloutPlan], RolloutPlan] | None = None,
+        micro: MicroBatch | None = None,
     ) -> None:
         self.config, self.policy, self.rewards, self.rows = config, policy, rewards, rows
         self.backend, self.clock = backend, clock
         self.transitions, self.arrange = transitions, arrange
+        self.micro = micro or MicroBatch(config.batch.micro_batch, backend)
         self.guide: Guide | None = None
         self.keep = keep | ({"x0_hat"} if config.credit.values == "x0" else frozenset())
         if config.credit.values == "critic" and config.advantage.name == "pdppo":
@@ -133,21 +137,8 @@ class Collector:
             size=size,
         )
         row = torch.arange(len(drawn)).repeat_interleave(groups.sizes)
-        parts: list[Trajectory] = []
-        pending: list[Future[Scored]] = []
-        self.rewards.begin_iteration()
-        waiting = _Waiting(groups.sizes if self.rewards.needs_groups else None)
-        made = rollout(self.policy, groups, self.plan(groups, visit))
-        while True:
-            with self.clock.phase("rollout"):
-                part = next(made, None)
-            if part is None:
-                break
-            parts.append(part)
-            ready = waiting.add(part.x0, part.group_id)
-            if ready is not None:
-                start, x0, group_id = ready
-                pending.append(self._submit(x0, group_id, [requests[i] for i in row[start : start + len(x0)].tolist()]))
+        text = pooled_text(prompted.positive)
+        parts, pending = self.micro.attempt("the rollout", lambda: self._draw(groups, visit, requests, row, text))
         scored = self._wait(pending)
         trajectory = concatenate(parts)
         finite = metrics.finite_rows(trajectory.x0).numpy()
@@ -164,6 +155,27 @@ class Collector:
         )
         return Collected(trajectory, prompted, row, scored, torch.arange(len(parts[0])), values, facts)
 
+    def _draw(
+        self, groups: Groups, visit: Visit, requests: Sequence[Request], row: Tensor, text: Tensor
+    ) -> tuple[list[Trajectory], list[Future[Scored]]]:
+        """Roll out, and hand what is finished to the rewards while the rest is drawn."""
+        parts: list[Trajectory] = []
+        pending: list[Future[Scored]] = []
+        self.rewards.begin_iteration()
+        waiting = _Waiting(groups.sizes if self.rewards.needs_groups else None)
+        made = rollout(self.policy, groups, self.plan(groups, visit))
+        while True:
+            with self.clock.phase("rollout"):
+                part = next(made, None)
+            if part is None:
+                return parts, pending
+            parts.append(part)
+            ready = waiting.add(part.x0, part.group_id)
+            if ready is not None:
+                start, x0, group_id = ready
+                asked = row[start : start + len(x0)]
+                pending.append(self._submit(x0, group_id, [requests[i] for i in asked.tolist()], text[asked]))
+
     def plan(self, groups: Groups, visit: Visit) -> RolloutPlan:
         """What the rollout of ``groups`` follows at this iteration."""
         config, rollout_ = self.config, self.config.rollout
@@ -175,7 +187,7 @@ class Collector:
             )  # fmt: skip
         plan = RolloutPlan(
             shape=self.adapter.latent_shape(request_of(self.config, self.rows[0])), steps=(),
-            shared=rollout_.share_prefix and self.transitions, chunk=config.batch.micro_batch,
+            shared=rollout_.share_prefix and self.transitions, chunk=self.micro.size,
             storage_dtype=STORAGE[rollout_.storage_dtype],
             reduction=config.objective.log_prob_reduction, seed=visit.seed, iteration=visit.iteration,
             policy_version=visit.policy_version, stochastic=stochastic, trained=trained, seeds=rollout_.seeds,
@@ -184,9 +196,9 @@ class Collector:
         )  # fmt: skip
         return plan if self.arrange is None else self.arrange(plan)
 
-    def _submit(self, x0: Tensor, group_id: Tensor, requests: Sequence[Request]) -> Future[Scored]:
+    def _submit(self, x0: Tensor, group_id: Tensor, requests: Sequence[Request], text: Tensor) -> Future[Scored]:
         with self.clock.phase("decode"):
-            decoded = [self.pixels(part, requests[0]) for part in torch.split(x0, self.config.batch.micro_batch)]
+            decoded = [self.pixels(part, requests[0]) for part in torch.split(x0, self.micro.size)]
             pixels = torch.cat(decoded).numpy()
         with self.clock.phase("reward"):
             return self.rewards.submit(
@@ -197,6 +209,7 @@ class Collector:
                     group_ids=group_id.tolist(),
                     latents=x0,
                     reference=references(requests),
+                    text=text,
                 )
             )
 
@@ -283,7 +296,9 @@ class Collector:
         for rows in torch.split(first, self.config.batch.micro_batch):
             with self.clock.phase("rollout"):
                 x0 = estimates(self.policy, self.config.credit, trajectory, prompted, row, rows, slot, after)
-            pending.append(self._submit(x0, trajectory.group_id[rows], [requests[i] for i in row[rows].tolist()]))
+            asked = [requests[i] for i in row[rows].tolist()]
+            text = pooled_text(prompted.positive[row[rows]])
+            pending.append(self._submit(x0, trajectory.group_id[rows], asked, text))
         found = self._wait(pending)
         scores = torch.where(torch.from_numpy(found.valid), torch.from_numpy(found.scores).double(), torch.nan)
         return scores[place]

@@ -95,7 +95,7 @@ def assign(
         inputs["step_reward"] = last
     wanted = inputs_of(ESTIMATORS[a.name])
     if collected.values is not None and not collected.values.open:  # a critic that may not be used yet
-        outcome = {"rewards": gathered.scores, "group": group, "valid": valid}
+        outcome = {"rewards": gathered.scores, "group": group, "valid": valid, "mask": mask}
         return estimate("grpo", outcome, {}, whiten=a.whiten, clip=a.clip).over_steps(mask)
     if wanted.get("truncated", False):
         inputs["truncated"] = torch.zeros_like(valid)  # every row runs to its end
@@ -115,5 +115,5 @@ def assign(
     options = dict(a.options)
     if "steps" in options_of(ESTIMATORS[a.name]):
         options.setdefault("steps", config.rollout.steps)  # the length of the schedule, for estimators that ask
-    given = {name: value for name, value in inputs.items() if name in wanted}
+    given = {name: value for name, value in inputs.items() if name in wanted or name == "mask"}  # whitening reads it
     return estimate(a.name, given, options, whiten=a.whiten, clip=a.clip).over_steps(mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,26 @@ def say_stopped(critic: ValueCritic, was: str, name: str) -> None:
         warnings.warn(f"{name} was stopped: {critic.stopped}; the policy gets nothing of it any more", stacklevel=2)
 
 
+def in_order(backend: Backend, group: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All processes' rows as a single process would have them: sorted by the group that each belongs to.
+
+    group: int64 [N]; rows: by name, [N, ...]. Each process gets all of them.
+    """
+    order = backend.gather(group.cpu()).argsort(stable=True)
+    gathered = {name: backend.gather(value.contiguous()) for name, value in rows.items()}
+    return {name: value[order.to(value.device)] for name, value in gathered.items()}
+
+
+def fit_together(critic: ValueCritic, backend: Backend, draw: Callable[[int], CriticBatch], count: int) -> float | None:
+    """Fit a critic on draws of ``count`` states that are the same everywhere: each process takes its part of them."""
+
+    def part(step: int) -> CriticBatch:
+        return draw(step)[backend.rank :: backend.world]
+
+    loss = critic.fit(part, backend.add_gradients, count)
+    return None if loss is None else float(backend.total(torch.tensor(loss, dtype=torch.float64)))
+
+
 class CreditCritic:
     """The critic of ``credit.values: critic``; with ``post`` a second one, of transitions' means (pdppo)."""
 
@@ -80,9 +100,8 @@ class CreditCritic:
         self, trajectory: Trajectory, prompted: Prompted, row: Tensor, score: Tensor, visit: Visit
     ) -> dict[str, Any]:
         """Judge the critic on samples that it has not seen, then train it on them. score: float64 [B], NaN for none."""
-        backend = self.backend
         metrics: dict[str, Any] = {}
-        everywhere = backend.gather(score)
+        everywhere = in_order(self.backend, trajectory.group_id, {"score": score})["score"]
         before = [critic.stopped for critic in self.critics.values()]
         if bool(everywhere.isfinite().any()):
             self.standard.add(everywhere)
@@ -96,10 +115,13 @@ class CreditCritic:
             flat = (x.flatten(0, 1), t.flatten(), text.repeat_interleave(steps, 0))
             value = critic.value(*flat).reshape(count, steps).cpu() if count else torch.zeros(0, steps)
             outcome = target[:, None].expand(-1, steps)
-            critic.judge(*(backend.gather(v.flatten().contiguous()) for v in (value, outcome, t.cpu())))
             returns = lambda_returns(value, target, critic.settings.lam) if count else outcome
-            if count:
-                seen = {"x": flat[0], "t": flat[1], "text": flat[2], "target": returns.flatten().to(x.device)}
+            made = {"x": flat[0], "t": flat[1], "text": flat[2], "target": returns.flatten().to(x.device)}
+            made |= {"value": value.flatten(), "outcome": outcome.flatten()}
+            group = trajectory.group_id[known].repeat_interleave(steps)
+            seen = in_order(self.backend, group, made)
+            critic.judge(seen.pop("value"), seen.pop("outcome"), seen["t"].cpu())
+            if len(seen["t"]):
                 self.recent[name].push(seen)
             metrics[f"{name}/loss"] = self._fit(name, visit, number)
             metrics |= critic.as_metrics(name)
@@ -109,14 +131,14 @@ class CreditCritic:
 
     def _fit(self, name: str, visit: Visit, number: int) -> float | None:
         recent, critic = self.recent[name], self.critics[name]
-        if self.backend.largest(int(not len(recent))):
+        if not len(recent):
             return None
 
         def draw(step: int) -> CriticBatch:
-            seed = draw_key(visit.seed + self.backend.rank, visit.iteration, step + number * critic.settings.steps)
+            seed = draw_key(visit.seed, visit.iteration, step + number * critic.settings.steps)
             return CriticBatch(**recent.draw(seed, critic.settings.batch))
 
-        return critic.fit(draw, self.backend.add_gradients, self.backend.world)
+        return fit_together(critic, self.backend, draw, critic.settings.batch)
 
     def _states(self, name: str, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """Latents float32 [B, K, ...] and their times [B, K]."""

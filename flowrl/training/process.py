@@ -25,6 +25,7 @@ from flowrl.rollout.policy import Policy
 from flowrl.scoring.runtime import RewardRuntime
 
 Pixels = Callable[[Tensor, Request], Tensor]
+LEARNED = (LatentReward, FeatureReward)
 
 
 class FunctionReward:
@@ -152,6 +153,14 @@ def group_mean(outcome: Tensor, group: Tensor) -> Tensor:
     )
     count = torch.zeros_like(total).index_add_(0, index, known.double())
     return (total / count)[index]
+
+
+def process_memory(process: ProcessSet | None) -> dict[str, float]:
+    """``memory/process_mb``: what the weights of trained process rewards take; empty where a run has none."""
+    rewards = [] if process is None else [member.reward for member in process.members]
+    modules = [r.network if isinstance(r, LatentReward) else r.head for r in rewards if isinstance(r, LEARNED)]
+    held = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    return {"memory/process_mb": held / 2**20} if modules else {}
 
 
 def process_metrics(process: ProcessSet, backend: Backend) -> dict[str, Any]:

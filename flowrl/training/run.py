@@ -16,6 +16,7 @@ from flowrl.checkpoint.signals import StopSignals
 from flowrl.config.render import config_hash, to_mapping, to_yaml
 from flowrl.config.schema import Config
 from flowrl.errors import UserError
+from flowrl.evaluation.card import write_card
 from flowrl.evaluation.paired import Evaluated, evaluate
 from flowrl.evaluation.report import write_report
 from flowrl.evaluation.results import write_results
@@ -148,8 +149,13 @@ class Run:
         return f"held-out {row['eval/strict']:.3f}" if row.get("eval/strict") is not None else ""
 
     def save(self, progress: Progress, *, must: bool) -> None:
-        """Write a checkpoint. A full disk keeps the old one and is tried again, up to three times running."""
+        """Write a checkpoint. A full disk keeps the old one and is tried again, up to three times running.
+
+        The first process writes; weights in shards are gathered there first, from all of them.
+        """
         if not self.leads:
+            if self.trainer.backend.sharded is not None:
+                self.trainer.state()
             return
         info = {
             "config": config_hash(self.config),
@@ -220,8 +226,7 @@ class Run:
 
     def finish(self, progress: Progress) -> None:
         """Evaluate base and tuned weights in all processes; the first writes the export, the results and the report."""
-        if self.leads:
-            self.export()
+        self.export()
         progress.phase("evaluating the base")
         with self.parts.reference():
             base = self.evaluate("base", self.parts.evaluation_prompts)
@@ -237,18 +242,20 @@ class Run:
         self.trainer.backend.largest(0)  # nobody reads the folder before it is whole
 
     def write_evaluation(self, base: Evaluated, tuned: Evaluated) -> None:
-        """samples.jsonl, features, grids/*.png and evaluation.json from two evaluations of the same prompts and noise."""
+        """Write what is known of two evaluations of the same prompts and noise, and the export's card."""
         facts = {
             "command": self.command, "iteration": self.trainer.iteration, "machine": machine(), "alarm": self.watch.fired,
         }  # fmt: skip
-        write_results(self.folder, self.config, self.parts.features, facts, base, tuned)
+        evaluation = write_results(self.folder, self.config, self.parts.features, facts, base, tuned)
+        write_card(self.folder, self.config, evaluation)
 
     def export(self) -> None:
-        """Write the averaged weights to export/, as diffusers loads them."""
+        """Write the averaged weights to export/, as diffusers loads them: the first process, with the others' shards."""
         folder = self.folder / "export"
-        folder.mkdir(exist_ok=True)
-        with self.trainer.weights.averaged():
-            self.trainer.adapter.export(str(folder))
+        with self.trainer.weights.averaged(), self.trainer.backend.exporting():
+            if self.leads:
+                folder.mkdir(exist_ok=True)
+                self.trainer.adapter.export(str(folder))
 
 
 class _Discard:

@@ -29,7 +29,9 @@ from flowrl.training.critics import build_critics
 from flowrl.training.guards import SkippedUpdates
 from flowrl.training.guidance import guide_of, of_guide, process_advantage
 from flowrl.training.learners import Bench, Draw, Reference
-from flowrl.training.process import build_process
+from flowrl.training.loss_scale import LossScale
+from flowrl.training.micro import MicroBatch
+from flowrl.training.process import build_process, process_memory
 from flowrl.training.weights import Weights
 
 Observer = Callable[[Collected, TrainingBatch], dict[str, Any]]
@@ -61,7 +63,8 @@ class Trainer:
         self.backend = backend or Backend()
         self.iteration = self.updates = self.restarts = 0
         self.skipped = SkippedUpdates()
-        self.weights = Weights(adapter.trainable(), config.ema.decay, config.ema.every)
+        self.weights = Weights(adapter.trainable(), config.ema.decay, config.ema.every, self.backend.sharded)
+        self.scale = LossScale.around(adapter) if config.model.dtype == "fp16" else None
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.weights.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
@@ -76,22 +79,24 @@ class Trainer:
         )  # fmt: skip
         self.counter, self.clock = CallCounter(adapter.trainable()), Stopwatch()
         self.budget = Budget(config.batch, len(rows))
+        micro = MicroBatch(config.batch.micro_batch, self.backend)
         self.learner = learners.build(
             Bench(
                 config, self.policy, rewards, rows, self.weights, self.optimizer, reference, self.backend, self.clock,
-                self.counter, lambda: self._step(),
+                self.counter, lambda: self._step(), micro,
             )
         )  # fmt: skip
         self.collector = Collector(
             config, self.policy, rewards, rows, self.backend, self.clock, self.learner.records_needed(),
-            transitions=self.learner.needs_transitions, arrange=self.learner.arrange,
+            transitions=self.learner.needs_transitions, arrange=self.learner.arrange, micro=micro,
         )  # fmt: skip
         self.process = build_process(config, self.policy, rewards, self.collector.pixels, reference)
         self.critics = build_critics(config, self.policy, rows, self.backend)
         self.collector.process, self.collector.critics = self.process, self.critics
         self.collector.guide = guide_of(config, self.process)
         self.observer: Observer | None = None
-        check_models(dict(adapter.trainable().named_parameters()), self.backend)
+        if self.backend.sharded is None:  # else checked before it was split
+            check_models(dict(adapter.trainable().named_parameters()), self.backend)
 
     @property
     def seed(self) -> int:
@@ -107,9 +112,11 @@ class Trainer:
         row: dict[str, Any] = {"iteration": self.iteration + 1}
         row |= self._from_rollout() if self.learner.needs_rollout else self.learner.learn_from(self._draw())
         check_replicas(self.replicas(), self.backend)
+        self.backend.check_shards(self.iteration)
         self.iteration += 1
-        row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory()
+        row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory() | process_memory(self.process)
         row |= {"update/skipped": self.skipped.total, "update/count": self.updates}
+        row |= {} if self.scale is None else {"update/gradient_scale": self.scale.value}
         return row
 
     def _from_rollout(self) -> dict[str, Any]:
@@ -178,30 +185,36 @@ class Trainer:
         return found
 
     def _train(self, batch: TrainingBatch) -> dict[str, Any]:
-        return self.learner.learn(batch)
+        with self.backend.updating():
+            return self.learner.learn(batch)
 
     def _step(self) -> float:
         """Clip, check, step, average; returns the gradient norm. A norm that is not finite changes no weight."""
         parameters, o = self.weights.parameters, self.config.optimizer
         self.backend.add_gradients(parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.max_grad_norm))
+        norm = self.backend.clip_gradients(parameters, o.max_grad_norm)
         finite = norm == norm and norm != float("inf")
-        self.skipped.note(finite)
+        blamed = self.scale is not None and self.scale.note(finite)
+        self.skipped.note(finite or blamed)  # a factor that was too large says nothing of the weights
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.updates)
             self.optimizer.step()
             self.updates += 1
             self.weights.average(self.updates)
+            self.weights.changed()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def replicas(self) -> dict[str, torch.Tensor]:
         """Trained tensors of which every process has a copy, by name: weights, their average, critics."""
-        own = self.weights
+        own, sharded = self.weights, self.backend.sharded
         averages = {f"average of {name}": shadow for name, shadow in zip(own.names, own.shadow, strict=False)}
         critics = {} if self.critics is None else self.critics.replicas()
-        return dict(zip(own.names, own.parameters, strict=True)) | averages | critics | self.learner.replicas()
+        found = dict(zip(own.names, own.parameters, strict=True)) | averages
+        if sharded is not None:
+            found = {name: tensor for name, tensor in found.items() if not sharded.is_shard(name.rpartition(" ")[2])}
+        return found | critics | self.learner.replicas()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -211,24 +224,27 @@ class Trainer:
         return {
             **self.weights.state(),
             **self.budget.state(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.weights.optimizer_state(self.optimizer),
             "progress": {
                 "iteration": self.iteration, "updates": self.updates, "restarts": self.restarts,
                 "skipped": self.skipped.state(),
             },
             **({"learner": own} if own else {}),
+            **({"scale": self.scale.state()} if self.scale is not None else {}),
             **({"process": self.process.state()} if self.process is not None else {}),
             **({"critic": self.critics.state()} if self.critics is not None else {}),
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.weights.load(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self.weights.own_optimizer_state(state["optimizer"]))
         self.budget.load(state)
         progress = state["progress"]
         self.iteration, self.updates, self.restarts = (progress[k] for k in ("iteration", "updates", "restarts"))
         self.skipped.load(progress["skipped"])
         self.learner.load_state(state.get("learner", {}))
+        if self.scale is not None and "scale" in state:
+            self.scale.load(state["scale"])
         if self.process is not None:
             self.process.load(state.get("process", {}))
         if self.critics is not None:

@@ -115,12 +115,14 @@ def accumulate(
     references: dict[tuple[int, int], tuple[Tensor, Tensor]],
     on_policy: bool,
     further: Further | None = None,
+    *,
+    backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> Iterator[tuple[int, LossTerms]]:
     """Add the gradients of one minibatch to the parameters; yield (step of the schedule, terms) for each call.
 
     weight: float32 [B, K], the credit's weight over the trained elements of the minibatch on all processes, 0 for what
     is not trained. on_policy: the weights are still those of the rollout, so its log-probs are the present ones.
-    further: a loss that is added to the objective's.
+    further: a loss that is added to the objective's. backward: takes the loss of each call.
     """
     trajectory = batch.trajectory
     if trajectory.old_log_prob is None or trajectory.step is None:
@@ -161,7 +163,7 @@ def accumulate(
             parts_of_loss = [terms.loss for _, terms in found]
             if further is not None:
                 parts_of_loss.append(further.loss(Replayed(made, rows, k, scores, w, references.get((number, k)))))
-            torch.stack(parts_of_loss).sum().backward()  # type: ignore[no-untyped-call]
+            backward(torch.stack(parts_of_loss).sum())
             yield from found
 
 

@@ -97,8 +97,11 @@ CASES = [
     Case(
         "processes",
         ["train", "demo", "batch.groups=3"],
-        one_problem("batch.groups: 3 groups cannot be shared out over 2 processes; use a multiple of 2, such as 4"),
-        env={"WORLD_SIZE": "2"},
+        one_problem(
+            "batch.groups: 3 groups cannot be shared out over 4 processes, each of which needs one; use at least 4, or fewer "
+            "processes"
+        ),
+        env={"WORLD_SIZE": "4"},
     ),
     Case(
         "world_size",

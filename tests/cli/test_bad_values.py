@@ -209,7 +209,7 @@ CASES = [
     (
         "unknown_world",
         ["data.prompts=world/v2"],
-        "data.prompts: unknown world 'world/v2'; use world/v1, or give a prompt file",
+        "data.prompts: unknown world 'world/v2'; use world/v1, world/video1, or give a prompt file",
     ),
     (
         "world_format",

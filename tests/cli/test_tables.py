@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_every_piece_of_evidence_exists() -> None:
 def test_every_config_of_the_table_runs() -> None:
     for row in methods.entries():
         if row.config:
-            assert validate(load("demo", row.config.split())) == [], row
+            assert validate(load("demo", shlex.split(row.config))) == [], row  # as a shell and flowrl compare take it
 
 
 def test_every_name_a_config_takes_is_in_the_table() -> None:

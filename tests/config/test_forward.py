@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def said(name: str, *overrides: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_runs_each_on_the_task_of_the_comparisons(name: str) -> None:
     assert family_of(name) == "forward"
-    assert validate(load("credit_study", RUNS["objective", name].split())) == []
+    assert validate(load("credit_study", shlex.split(RUNS["objective", name]))) == []
     found, problems = read_methods(f"flow_grpo_fast,{name}", "--methods")
     assert problems == [] and [preset.label for preset in found] == ["flow_grpo_fast", name]
 

@@ -6,19 +6,41 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from flowrl.distributed.launch import processes_of
+from flowrl.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "configs" / "accelerate"
 
 
-@pytest.mark.parametrize(("name", "machines", "processes"), [("ddp", 1, 8), ("two_nodes", 2, 16)])
-def test_accelerate_reads_a_shipped_file(name: str, machines: int, processes: int) -> None:
+FILES = {"ddp": (1, 8), "two_nodes": (2, 16), "fsdp2": (1, 8), "fsdp2_two_nodes": (2, 16)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_reads_a_shipped_file(name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
-    assert (config.num_machines, config.num_processes) == (machines, processes)
-    assert config.distributed_type == DistributedType.MULTI_GPU
+    assert (config.num_machines, config.num_processes) == FILES[name]
+    sharded = name.startswith("fsdp2")
+    assert config.distributed_type == (DistributedType.FSDP if sharded else DistributedType.MULTI_GPU)
     assert config.mixed_precision == "no"  # model.dtype says it, and autocast from outside would change the numbers
     assert "Not run" in (FOLDER / f"{name}.yaml").read_text()
 
 
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_two_nodes"])
+def test_what_accelerate_tells_its_processes_is_taken_for_fsdp2(name: str) -> None:
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    given = [part for key, value in config.fsdp_config.items() for part in (f"--{key}", str(value))]
+    arguments = launch_command_parser().parse_args(["--use_fsdp", *given, "--num_processes", "2", "scripts/train.py"])
+    arguments.mixed_precision, arguments.dynamo_backend, arguments.use_cpu = "no", "no", False
+    told = prepare_multi_gpu_env(arguments)
+    started = told | {"WORLD_SIZE": "2", "RANK": "0"}  # by torchrun's part of the launcher
+    assert processes_of(started, 2, "fsdp2") == 2
+    with pytest.raises(UserError, match="set distributed"):
+        processes_of(started, 2)
+
+
 def test_every_shipped_file_has_a_test() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == {"ddp", "two_nodes"}
+    assert {path.stem for path in FOLDER.iterdir()} == set(FILES)

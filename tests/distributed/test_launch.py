@@ -19,6 +19,9 @@ from tests.training.helpers import small_config
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
 
 @pytest.mark.parametrize(
     ("environment", "wanted", "count"),
@@ -48,8 +51,11 @@ def test_the_number_of_processes(environment: Mapping[str, str], wanted: int | N
         ({"WORLD_SIZE": "0"}, None, "WORLD_SIZE is '0'"),
         ({"WORLD_SIZE": "two"}, None, "WORLD_SIZE is 'two'"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "these 2 processes do not know of each other"),
-        (TORCHRUN | {"ACCELERATE_USE_FSDP": "true"}, None, "asked for FSDP, which flowrl does not do yet"),
-        (TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"}, 2, "asked for DeepSpeed"),
+        (TORCHRUN | FSDP, None, "distributed.sharding is none; set distributed.sharding=fsdp2"),
+        (TORCHRUN | FSDP | {"FSDP_VERSION": "1"}, None, "version 1 of FSDP"),
+        (TORCHRUN | DEEPSPEED, 2, "asked for DeepSpeed .stage unknown."),
+        (TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, 2, "distributed.gather=iteration"),
+        (TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, 2, "distributed.gather=block"),
         ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, None, "SLURM_STEP_NUM_TASKS is 8"),
     ],
 )
@@ -58,6 +64,11 @@ def test_another_number_than_asked_for_is_an_error(
 ) -> None:
     with pytest.raises(UserError, match=words):
         processes_of(environment, wanted)
+
+
+def test_a_launcher_may_be_told_of_the_shards_too() -> None:
+    assert processes_of(TORCHRUN | FSDP, 2, "fsdp2") == 2
+    assert processes_of(TORCHRUN, 2, "fsdp2") == 2
 
 
 def launched(*options: str) -> dict[str, str]:
@@ -105,7 +116,8 @@ def test_two_processes_say_so() -> None:
     [
         ("distributed.processes=0", 1, "distributed.processes: 0 processes"),
         ("distributed.timeout_s=0", 1, "distributed.timeout_s: 0 seconds"),
-        ("batch.groups=7", 2, "batch.groups: 7 groups cannot be shared out over 2 processes"),
+        ("batch.groups=7", 8, "batch.groups: 7 groups cannot be shared out over 8 processes, each of which needs one"),
+        ("distributed.gather=never", 2, "distributed.gather"),
         ("objective.updates=6", 8, "use at most 3 updates, or batch.groups=48"),
     ],
 )

@@ -17,6 +17,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "updates": ({"objective.updates": 2, "batch.groups": 8, "objective.passes": 2}, 1e-5),
     "own_windows": ({"rollout.window.kind": "iso_temporal", "rollout.window.size": 1}, 1e-5),
     "shared_start": ({"rollout.share_prefix": True, "rollout.window.first": 1}, 1e-5),
+    "groups_left_over": (PLAIN | {"batch.groups": 6}, 1e-5),
     "whitened": ({"advantage.whiten": "sample", "advantage.name": "dr_grpo"}, 1e-5),
 }
 KEYS = ("prompt", "group", "member", "occurrence", "step", "stochastic", "trained", "update")

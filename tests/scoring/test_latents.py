@@ -72,6 +72,8 @@ def test_what_a_reward_says_decides() -> None:
     assert said == {"plain": False, "declares": True, "by_parameter": True}
     assert reads_latents(RewardEntry(name=f"{HERE}:ByMethod")) is True
     assert reads_latents(RewardEntry(name="jpeg")) is False
+    assert reads_latents(RewardEntry(name="tests.training.graded:Flat")) is True  # its value is of latents
+    assert reads_latents(RewardEntry(name="tests.training.graded:Red")) is False
 
 
 def test_latents_go_where_they_are_read() -> None:

@@ -29,6 +29,7 @@ RANKS = {
     "text": 6,
     "doctor": 5,
     "cost": 5,
+    "fit": 5,
     "plan": 6,
     "methods": 6,
     "api": 7,
@@ -47,6 +48,7 @@ CORE = {"records", "protocols", "registry", "rng", "errors"}
 # Equal ranks that may meet, from -> to.
 MEETINGS = {
     ("cli", "api"): "the command line is the public Python face with words around it",
+    ("fit", "cost"): "memory counts the branches of guidance that the cost counts",
     ("cli", "comparison"): "one command, kept out of the command line for its length",
 }
 # The package's own face reaches upward, lazily; test_imports.py checks that it stays light.

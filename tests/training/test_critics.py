@@ -219,4 +219,8 @@ def test_ac_flow_on_a_transformer_costs_what_the_plan_says(tiny_sd3: Path) -> No
     assert (row["calls/forward"], row["calls/forward_samples"]) == (8 + 4 + 4, 32 + 16 + 16)
     assert (row["calls/backward"], row["calls/backward_samples"]) == (4, 16)
     assert (made.forward.calls.mean, made.forward.samples.mean) == (16, 64)
-    assert row["critic/loss"] is not None and row["memory/critic_mb"] > 0
+    critic, text = trainer.learner.critic, trainer.learner.critic.network.text
+    weights = sum(p.numel() for p in critic.network.parameters())
+    # Weights, average, gradients, two moments; 16 samples of x0, text and target.
+    held = 4 * (5 * weights + 16 * (4 * 9 * 9 + text + 1))
+    assert row["critic/loss"] is not None and row["memory/critic_mb"] * 2**20 == held

@@ -21,6 +21,7 @@ CASES = {
         "draft", {"direct.stochastic": True, "objective.kl.form": "paper", "objective.kl.weight": 0.1},
     ),
     "refl penalised": ("refl", PENALISED),
+    "refl and its pre-training loss": ("refl", {"direct.pretrain_weight": 1.0, "rollout.guidance": 2.0}),
     "two updates": ("draft_lv", {"objective.updates": 2}),
 }  # fmt: skip
 

@@ -164,6 +164,7 @@ def test_learned_process_rewards_cost_no_decoding(tiny_sd3: Path, tmp_path: Path
             decode(x0, request),
         )[1]
         row = trainer.iterate()
+        assert row["memory/process_mb"] * 2**20 == 4 * sum(p.numel() for p in make_network(kind, size).parameters())
         calls[kind] = (
             row["calls/forward_samples"],
             sum(decoded),

@@ -91,7 +91,9 @@ def test_rows_of_the_world() -> None:
         assert [row.prompt_id for row in rows] == list(range(sum(sizes.values())))
         assert Counter(row.metadata["tag"] for row in rows) == sizes
         assert all("prompt" not in row.metadata for row in rows)
-    with pytest.raises(UserError, match=r"^unknown world 'world/v9'; use world/v1, or give a prompt file$"):
+    with pytest.raises(
+        UserError, match=r"^unknown world 'world/v9'; use world/v1, world/video1, or give a prompt file$"
+    ):
         world_rows("world/v9", "train")
     with pytest.raises(UserError, match=r"^unknown split 'test' of world/v1; use train or held_out$"):
         world_rows("world/v1", "test")

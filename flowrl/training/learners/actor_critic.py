@@ -17,7 +17,7 @@ from flowrl.credit.networks import pooled_text
 from flowrl.dynamics.interpolants import interpolate
 from flowrl.objectives.actor_critic import centred_advantage, critic_advantage, shaped_reward
 from flowrl.training.batch import TrainingBatch, Visit
-from flowrl.training.critics import make_critic, say_stopped
+from flowrl.training.critics import fit_together, in_order, make_critic, say_stopped
 from flowrl.training.learners.base import Bench
 from flowrl.training.learners.forward import Call, ForwardLearner, Inputs
 
@@ -72,7 +72,7 @@ class ActorCriticLearner(ForwardLearner):
         s = self.settings
         if s.scale == "none":
             return score.float()
-        everywhere = self.bench.backend.gather(score)
+        everywhere = in_order(self.bench.backend, group, {"score": score})["score"]
         if bool(everywhere.isfinite().any()):
             self.standard.add(everywhere)
         scale = (self.standard.mean, self.standard.std) if s.scale == "running" else None
@@ -118,16 +118,18 @@ class ActorCriticLearner(ForwardLearner):
         known = shaped.isfinite()
         x0 = batch.trajectory.x0
         here = known.to(x0.device)
-        if bool(known.any()):
-            self.recent.push({"x0": x0[here].float(), "text": text[here], "target": shaped[known].to(x0.device)})
-        if self.bench.backend.largest(int(not len(self.recent))):
+        own = {"x0": x0[here].float(), "text": text[here], "target": shaped[known].to(x0.device)}
+        seen = in_order(self.bench.backend, batch.trajectory.group_id[known], own)
+        if len(seen["target"]):
+            self.recent.push(seen)
+        if not len(self.recent):
             return None
 
         def draw(step: int) -> CriticBatch:
-            seed = draw_key(visit.seed + self.bench.backend.rank, visit.iteration, step)
+            seed = draw_key(visit.seed, visit.iteration, step)
             return self._noised(self.recent.draw(seed, self.config.critic.batch), seed)
 
-        return self.critic.fit(draw, self.bench.backend.add_gradients, self.bench.backend.world)
+        return fit_together(self.critic, self.bench.backend, draw, self.config.critic.batch)
 
     def _noised(self, rows: dict[str, Tensor], seed: int) -> CriticBatch:
         """Finished samples at fresh times with fresh noise, as the update's draws are distributed."""

@@ -21,6 +21,7 @@ from flowrl.rollout.policy import Policy
 from flowrl.rollout.sampling import RolloutPlan
 from flowrl.scoring.runtime import RewardRuntime
 from flowrl.training.batch import TrainingBatch, Visit
+from flowrl.training.micro import MicroBatch
 from flowrl.training.update import Reference
 from flowrl.training.weights import Weights
 
@@ -32,6 +33,7 @@ class Bench:
     step: clips the gradients of the policy's weights, checks, steps, averages, and clears them; returns the gradient
     norm. A learner calls it once an update, after its backward passes, on every process alike. rate: the learning rate
     in effect. reference: ``with bench.reference(): ...`` runs the pre-trained model; None where the trainer has none.
+    micro: how many samples a call takes.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Bench:
     clock: Stopwatch
     counter: CallCounter
     step: Callable[[], float]
+    micro: MicroBatch
 
     @property
     def adapter(self) -> PipelineAdapter:

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from flowrl import rng
+from flowrl.config.forward import Forward
+from flowrl.credit.networks import pooled_text
+from flowrl.dynamics.interpolants import interpolate, prediction_from_endpoints
 from flowrl.dynamics.log_prob import reference_kl
 from flowrl.objectives.differentiable import DIRECT, alignprop_loss, refl_loss, step_kl
+from flowrl.objectives.forward import mean_square
 from flowrl.records import Prompted, Request
 from flowrl.rollout.chains import Members, PolicyChain
 from flowrl.rollout.differentiable import checkpointed_chain, unrolled_chain
@@ -28,6 +32,7 @@ from flowrl.scoring.graded import Graded, GradedRewards
 from flowrl.scoring.runtime import RewardFailure
 from flowrl.training.batch import update_of
 from flowrl.training.learners.base import Bench, Draw, Learner
+from flowrl.training.learners.renoise import Renoiser
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one chunk did. penalty: [N], nats or whatever the penalty measures, added up over steps, with its weight."""
+    """What one chunk did. penalty: [N], nats or whatever the penalty measures, added up over steps, with its weight;
+    pretrain: [N], refl's denoising error on the pre-trained model's samples, without its weight.
+    """
 
     graded: Graded
     penalty: Tensor
+    pretrain: Tensor | None = None
 
 
 class DirectLearner(Learner):
@@ -65,6 +73,9 @@ class DirectLearner(Learner):
         self.steps = config.rollout.steps
         noisy = self.form.noisy or self.settings.stochastic
         self.stochastic = [noisy and k < self.steps - 1 for k in range(self.steps)]
+        schedule = bench.policy.schedule
+        straight = bool(torch.allclose(schedule.alpha, 1 - schedule.t, atol=1e-6))
+        self.renoiser = Renoiser(Forward(draws=1, times="uniform" if straight else "grid"), schedule, shared=False)
 
     def learn_from(self, draw: Draw) -> dict[str, Any]:
         bench, updates = self.bench, self.config.objective.updates
@@ -203,12 +214,36 @@ class DirectLearner(Learner):
         graded = self.grade(made.x0_hat, chunk)
         paid = torch.where(graded.valid, paid.to(graded.valid.device), 0.0)
         self._pull(made.x0_hat, graded.gradient, paid, chunk.share)
-        return Seen(graded, paid.detach())
+        pretrain = self._pretrain(chunk, graded.valid) if self.settings.pretrain_weight else None
+        return Seen(graded, paid.detach(), pretrain)
+
+    def _pretrain(self, chunk: Chunk, valid: Tensor) -> Tensor:
+        """ReFL's other loss, ``weight mean (v - u)^2``: the denoising error, here on samples of the pre-trained model.
+
+        The paper takes pairs of its pre-training data (2304.05977, algorithm 1). Unguided, at one time a sample, uniform.
+        """
+        bench, chain, m = self.bench, chunk.chain, chunk.chain.members
+        if bench.reference is None:
+            raise ValueError("direct.pretrain_weight: this trainer was built without a reference policy")
+        with bench.reference():
+            x0 = chain.walk(chain.start(), self.steps)
+        who = list(zip(m.prompt_id, m.occurrence, m.member, strict=True))
+        times = [rng.uniform(rng.key(m.seed, m.iteration, *each, 1, "timestep")) for each in who]
+        x1 = m.noise(chain.shape, 0, "renoise").to(x0.device)
+        wide = (-1, *[1] * (x0.ndim - 1))
+        t, alpha, sigma = (v.to(x0.device) for v in self.renoiser.path(times, 0))
+        alpha, sigma = alpha.reshape(wide), sigma.reshape(wide)
+        made = bench.adapter.predict(interpolate(x0, x1, alpha, sigma), t, chain.prompted.positive)
+        error = mean_square(made.value.float() - prediction_from_endpoints(x0, x1, made.kind, alpha, sigma))
+        kept = torch.where(valid.to(error.device), error, 0.0)
+        (self.settings.pretrain_weight * chunk.share * kept.sum()).backward()  # type: ignore[no-untyped-call]
+        return kept.detach()
 
     def grade(self, x0: Tensor, chunk: Chunk) -> Graded:
         """Loss and gradient of the rewards at finished latents; counted as time of the reward."""
         with self.bench.clock.phase("reward"):
-            return self.rewards.grade(x0, chunk.requests, self.bench.adapter.decode, self._objective)
+            text = pooled_text(chunk.chain.prompted.positive) if self.rewards.needs_text else None
+            return self.rewards.grade(x0, chunk.requests, self.bench.adapter.decode, self._objective, text)
 
     def _objective(self, score: Tensor) -> Tensor:
         d, name = self.settings, self.config.objective.name
@@ -245,6 +280,8 @@ class DirectLearner(Learner):
         columns |= {f"reward/{label}/mean": values for label, values in graded.scores.items()}
         if self.form.divergence or self.config.objective.kl.form != "none":
             columns["policy/kl"] = torch.cat([s.penalty for s in seen])
+        if self.settings.pretrain_weight:
+            columns["direct/pretrain_loss"] = torch.cat([s.pretrain for s in seen if s.pretrain is not None])
         columns["direct/gradient_norm"] = graded.gradient.flatten(1).norm(dim=1)
         sums = torch.stack([torch.where(valid, v.double(), 0.0).sum().cpu() for v in columns.values()])
         count = int(backend.total(valid.sum().cpu()))

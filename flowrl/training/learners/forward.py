@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,26 +114,27 @@ class ForwardLearner(Learner):
         if batch.visit is None:
             raise ValueError("forward: this batch does not say which iteration it is of")
         bench, objective = self.bench, self.config.objective
-        parts = [self._parts(batch, m) for m in range(objective.updates)]
-        olds: Outputs = {}
-        references: Outputs = {}
+        calls = _Calls(self, batch)
         if self.needs_old:
             with bench.clock.phase("old"), self.old.swapped_in():
-                olds = self._outputs(batch, parts)
+                calls.olds = bench.micro.attempt("the old policy's calls", calls.outputs, calls.divide)
         if self.needs_reference and bench.reference is not None:
             with bench.clock.phase("reference"), bench.reference():
-                references = self._outputs(batch, parts)
+                calls.references = bench.micro.attempt("the reference policy's calls", calls.outputs, calls.divide)
+        calls.divide()
         seen: list[ForwardTerms] = []
         norms: list[float] = []
         for _ in range(objective.passes):
-            for m, rows in enumerate(parts):
+            for m in range(objective.updates):
+                rows = calls.parts[m]
                 live = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
                 count = int(bench.backend.total(torch.tensor(len(live))))
                 signal = bench.backend.total((batch.advantage[live, 0] != 0).sum())
                 if not count or (self.form.silent and not self.with_kl and not int(signal)):
                     continue  # nothing to learn from: an optimizer step would only spend momentum
                 with bench.clock.phase("update"):
-                    seen += self._accumulate(batch, m, rows, count, olds, references)
+                    work = partial(self._gradients, calls, m, count)
+                    seen += bench.micro.attempt("the update", work, calls.divide)
                 with bench.clock.phase("optimizer"):
                     norms.append(bench.step())
         self.updates = batch.visit.policy_version + len(norms)
@@ -141,7 +143,7 @@ class ForwardLearner(Learner):
 
     def _parts(self, batch: TrainingBatch, minibatch: int) -> list[Tensor]:
         """Rows of each call of one minibatch: those that have a gradient, a group in one call where it fits."""
-        objective, size = self.config.objective, self.config.batch.micro_batch
+        objective, size = self.config.objective, self.bench.micro.size
         live = batch.element[:, 0] & (batch.minibatch == minibatch)
         group = batch.trajectory.group_id
         if self.form.pairs:
@@ -176,6 +178,11 @@ class ForwardLearner(Learner):
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
+    def _gradients(self, calls: _Calls, m: int, count: int) -> list[ForwardTerms]:
+        """The gradients of minibatch ``m``, in place of any that an earlier try has left."""
+        self.bench.optimizer.zero_grad(set_to_none=True)
+        return list(self._accumulate(calls.batch, m, calls.parts[m], count, calls.olds, calls.references))
+
     def _accumulate(
         self, batch: TrainingBatch, m: int, parts: Sequence[Tensor], count: int, olds: Outputs, references: Outputs
     ) -> Iterator[ForwardTerms]:
@@ -201,7 +208,7 @@ class ForwardLearner(Learner):
                 else:
                     loss, slope = slopes[number]
                     total = slope * weight * given["error"]
-                (total + kl_weight * kl * weight).sum().backward()  # type: ignore[no-untyped-call]
+                self.bench.backend.backward((total + kl_weight * kl * weight).sum())
                 yield _terms(loss, kl, weight, given["error"], call.value, old)
 
     def _inputs(
@@ -254,6 +261,39 @@ class ForwardLearner(Learner):
         row |= {"policy/old_decay": self.old.decay(self.updates)} if self.old else {}
         row["optimizer/grad_norm"] = float(torch.tensor(norms).mean())
         return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+class _Calls:
+    """Which samples go into which call of the updates, and the old and the reference policy's outputs for them."""
+
+    def __init__(self, learner: ForwardLearner, batch: TrainingBatch) -> None:
+        self.learner, self.batch = learner, batch
+        self.size = 0
+        self.parts: list[list[Tensor]] = []
+        self.olds: Outputs = {}
+        self.references: Outputs = {}
+
+    def divide(self) -> None:
+        """Divide the batch anew where the micro-batch has changed since, and what is known of it with it."""
+        size, updates = self.learner.bench.micro.size, self.learner.config.objective.updates
+        if self.size == size:
+            return
+        before, self.size = self.parts, size
+        self.parts = [self.learner._parts(self.batch, m) for m in range(updates)]
+        self.olds, self.references = (recut(known, before, self.parts) for known in (self.olds, self.references))
+
+    def outputs(self) -> Outputs:
+        return self.learner._outputs(self.batch, self.parts)
+
+
+def recut(outputs: Outputs, before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> Outputs:
+    """Network outputs of the parts ``before``, cut into the parts ``after``, which hold the same rows in the same order."""
+    found: Outputs = {}
+    for m, draw in sorted({(m, draw) for m, _, draw in outputs}):
+        whole = torch.cat([outputs[m, number, draw] for number in range(len(before[m]))])
+        for number, piece in enumerate(torch.split(whole, [len(rows) for rows in after[m]])):
+            found[m, number, draw] = piece
+    return found
 
 
 def pack(rows: Tensor, group: Tensor, size: int) -> list[Tensor]:

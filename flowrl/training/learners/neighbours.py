@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,12 +56,18 @@ class NeighbourLearner(Learner):
                 signal = (batch.minibatch == m) & batch.signal
                 if not count or not int(bench.backend.total(signal.sum())):
                     continue
+                work = partial(self._gradients, batch, rows, 1 / count)
                 with bench.clock.phase("update"):
-                    for part in torch.split(rows, self.config.batch.micro_batch):
-                        seen += self._accumulate(batch, part, 1 / count)
+                    seen += bench.micro.attempt("the update", work)
                 with bench.clock.phase("optimizer"):
                     norms.append(bench.step())
         return metrics.of_update(seen, norms, bench.rate, max(1, len(norms)), bench.backend)
+
+    def _gradients(self, batch: TrainingBatch, rows: Tensor, share: float) -> list[tuple[int, LossTerms]]:
+        """The gradients of the anchors ``rows``, in place of any that an earlier try has left."""
+        self.bench.optimizer.zero_grad(set_to_none=True)
+        parts = torch.split(rows, self.bench.micro.size)
+        return [terms for part in parts for terms in self._accumulate(batch, part, share)]
 
     def _anchors(self, batch: TrainingBatch) -> Tensor:
         """Rows of the anchors, a keyed choice among each group's trained members: int64 [N]."""
@@ -114,7 +121,7 @@ class NeighbourLearner(Learner):
                 )  # fmt: skip
                 found.append((int(t.step[members[0], k]), terms))
             if found:
-                torch.stack([terms.loss for _, terms in found]).sum().backward()  # type: ignore[no-untyped-call]
+                self.bench.backend.backward(torch.stack([terms.loss for _, terms in found]).sum())
             seen += found
         return seen
 

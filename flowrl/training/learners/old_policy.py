@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowrl.config.forward import Forward
-from flowrl.training.weights import Weights, swapped
+from flowrl.training.weights import Weights
 
 
 class OldPolicy:
@@ -42,23 +42,20 @@ class OldPolicy:
         if not self.values:
             yield
             return
-        with swapped(self.weights.parameters, self.values):
+        with self.weights.holding(self.values):
             yield
 
     def state(self) -> dict[str, Any]:
-        return {"old": dict(zip(self.weights.names, self.values, strict=True))} if self.values else {}
+        return {"old": self.weights.whole(self.values)} if self.values else {}
 
     def load(self, state: dict[str, Any]) -> None:
         """Copy the values in; ValueError where they do not fit, before anything changes."""
         if not self.values:
             return
-        found = state.get("old", {})
-        if list(found) != self.weights.names or any(
-            found[n].shape != v.shape for n, v in zip(self.weights.names, self.values, strict=True)
-        ):
-            raise ValueError(
-                "checkpoint: it holds no old policy that fits; were objective.name or forward.old_rate changed since the run "
-                "began?"
-            )
-        for name, value in zip(self.weights.names, self.values, strict=True):
-            value.copy_(found[name])
+        found = self.weights.parts(
+            state.get("old", {}),
+            "checkpoint: it holds no old policy that fits; were objective.name or forward.old_rate changed since the run "
+            "began?",
+        )
+        for value, kept in zip(self.values, found, strict=True):
+            value.copy_(kept)

@@ -1,0 +1,124 @@
+"""A network in shards (FSDP2 on gloo) trains as one whole process does, whatever is gathered and for how long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+
+from flowrl.distributed.backend import Backend
+from flowrl.training.build import build
+from tests.distributed.processes import run
+from tests.distributed.toys import signs
+from tests.training.helpers import small_config
+from tests.training.toy import LatentReward
+
+KL: dict[str, Any] = {"objective.kl.form": "velocity", "objective.kl.weight": 0.05}
+BASE: dict[str, Any] = {
+    "distributed.sharding": "fsdp2", "tracking.pictures.enabled": False, "optimizer.lr": 1e-3, "ema.decay": 0.5,
+    "optimizer.eps": 0.01, "iterations": 2,
+}  # fmt: skip
+FULL: dict[str, Any] = BASE | {"model.train": "full"}
+UNEVEN: dict[str, Any] = {"batch.groups": 3, "batch.micro_batch": 3}
+"""On two processes 8 samples in 3 calls, and 4 samples in 2."""
+CASES: dict[str, dict[str, Any]] = {
+    "lora_rollout": BASE | KL | {"distributed.gather": "rollout"},
+    "full_iteration": FULL | KL | {"distributed.gather": "iteration"},
+    "full_block_uneven": FULL | KL | UNEVEN | {"distributed.gather": "block", "rollout.guidance": 2.0},
+    "joint_block_uneven": FULL | UNEVEN | {"distributed.gather": "block", "objective.loss": "gspo", "objective.passes": 2},
+    "forward_rollout_uneven": FULL | UNEVEN | {
+        "distributed.gather": "rollout", "objective.name": "nft", "rollout.window.kind": "full", "rollout.window.last": 0,
+    },
+}  # fmt: skip
+
+
+class Gathers:
+    """Counts the gathers of a block's weights."""
+
+    def __init__(self) -> None:
+        self.count, self.plain = 0, param_group.foreach_all_gather
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.count += 1
+        return self.plain(*arguments)
+
+
+def train(model: Path, case: str) -> dict[str, Any]:
+    gathers = Gathers()
+    param_group.foreach_all_gather = gathers  # type: ignore[assignment]
+    try:
+        return train_counted(model, case, gathers)
+    finally:
+        param_group.foreach_all_gather = gathers.plain
+
+
+def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
+    backend = Backend()
+    trainer = build(small_config(model, **CASES[case]), backend).trainer
+    trainer.rewards = trainer.collector.rewards = LatentReward(signs)  # type: ignore[assignment]
+    rows, counts = [], [0]
+    for _ in range(2):
+        before = gathers.count
+        rows.append(trainer.iterate())
+        counts.append(gathers.count - before)
+    turns = None if backend.sharded is None else backend.sharded.turns
+    with trainer.weights.averaged():
+        average = trainer.weights.whole(trainer.weights.parameters)
+    return {
+        "rows": rows, "weights": trainer.weights.state()["policy"], "average": average,
+        "served": turns.served if turns else 0, "gathers": counts[1:],
+        "units": len(backend.sharded.units) if backend.sharded else 0,
+        "memory": backend.sharded.memory() if backend.sharded else {},
+        "adam": trainer.weights.optimizer_state(trainer.optimizer)["state"][0]["exp_avg"],
+    }  # fmt: skip
+
+
+def train_all(model: Path, cases: list[str]) -> dict[str, Any]:
+    return {case: train(model, case) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sd3: Path) -> dict[int, list[dict[str, Any]]]:
+    return {world: run(world, train_all, tiny_sd3, list(CASES)) for world in (1, 2)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_with_shards_agree_with_one(case: str, trained: dict[int, list[dict[str, Any]]]) -> None:
+    alone, (first, second) = trained[1][0][case], (part[case] for part in trained[2])
+    for a, b in zip(alone["rows"], first["rows"], strict=True):
+        assert a["update/count"] == b["update/count"] > 0
+        for name in ("policy/loss", "optimizer/grad_norm", "policy/kl", "score/mean"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+    for kind in ("weights", "average"):
+        assert list(alone[kind]) == list(first[kind])
+        for name, whole in alone[kind].items():
+            assert torch.allclose(whole, first[kind][name], rtol=1e-3, atol=1e-5), name
+    assert torch.allclose(alone["adam"], first["adam"], rtol=1e-3, atol=1e-7)
+    if case.startswith("full"):
+        assert all(len(tensor) == 0 for tensor in second["weights"].values() if tensor.ndim)
+
+
+def test_the_reference_is_the_model_without_lora(trained: dict[int, list[dict[str, Any]]]) -> None:
+    for part in trained[2]:
+        first, second = part["lora_rollout"]["rows"]
+        assert first["policy/kl"] == 0 and second["policy/kl"] > 0
+        assert first["optimizer/grad_norm"] > 0
+
+
+def test_memory_and_gathers(trained: dict[int, list[dict[str, Any]]]) -> None:
+    first, second = trained[2]
+    for case in CASES:
+        memory = first[case]["memory"]
+        assert first[case]["gathers"] == second[case]["gathers"]
+        if "full" in CASES[case].values():
+            assert memory["held"] == pytest.approx(memory["whole"] / 2, rel=0.01)
+    units = first["full_iteration"]["units"]
+    # Always gathered: anew after the update, and twice around the reference, whose weights are put in and taken out.
+    assert first["full_iteration"]["gathers"] == [3 * units, 3 * units]
+    # Gathered for the rollout once; the update's calls (2 groups, 2 steps, 1 a process) gather forwards and backwards.
+    assert first["lora_rollout"]["gathers"][0] < first["full_block_uneven"]["gathers"][0]
+    assert second["full_block_uneven"]["served"] == 0 < first["full_block_uneven"]["served"]
