@@ -33,7 +33,8 @@ def test_accelerate_reads_a_shipped_file(name: str) -> None:
 def test_what_accelerate_tells_its_processes_is_taken_for_fsdp2(name: str) -> None:
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     given = [part for key, value in config.fsdp_config.items() for part in (f"--{key}", str(value))]
-    arguments = launch_command_parser().parse_args(["--use_fsdp", *given, "--num_processes", "2", "scripts/train.py"])
+    words = ["--use_fsdp", *given, "--num_processes", "2", "--num_machines", "1", "scripts/train.py"]
+    arguments = launch_command_parser().parse_args(words)
     arguments.mixed_precision, arguments.dynamo_backend, arguments.use_cpu = "no", "no", False
     told = prepare_multi_gpu_env(arguments)
     started = told | {"WORLD_SIZE": "2", "RANK": "0"}  # by torchrun's part of the launcher

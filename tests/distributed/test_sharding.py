@@ -66,7 +66,7 @@ def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
         counts.append(gathers.count - before)
     turns = None if backend.sharded is None else backend.sharded.turns
     with trainer.weights.averaged():
-        average = trainer.weights.whole(trainer.weights.parameters)
+        average = {name: value.clone() for name, value in trainer.weights.whole(trainer.weights.parameters).items()}
     return {
         "rows": rows, "weights": trainer.weights.state()["policy"], "average": average,
         "served": turns.served if turns else 0, "gathers": counts[1:],
