@@ -71,9 +71,11 @@ def widened(vae: Any) -> Any:
 
 
 def train_vae(vae: Any, args: argparse.Namespace) -> None:
-    """Train on single frames; ``slim`` first."""
+    """Train on single frames; ``slim`` first. --decoder-only keeps the latents as they are."""
+    parts = [vae.post_quant_conv, vae.decoder] if args.decoder_only else [vae]
+    parameters = [p for part in parts for p in part.parameters()]
     rng, generator = np.random.default_rng([args.seed, 1]), torch.Generator().manual_seed(args.seed + 1)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=args.vae_lr, betas=(0.9, 0.98), weight_decay=1e-4)
     ground = torch.tensor(BACKGROUND).view(1, 3, 1, 1, 1) / 127.5 - 1
     started = time.process_time()
     for step in range(args.vae_steps):
@@ -83,7 +85,8 @@ def train_vae(vae: Any, args: argparse.Namespace) -> None:
         clips = draw(args.vae_batch, rng)[1]
         frame = torch.from_numpy(rng.integers(scenes.FRAMES, size=len(clips)))
         pictures = to_model(clips[torch.arange(len(clips)), frame][:, None])
-        posterior = vae.encode(pictures).latent_dist
+        with torch.set_grad_enabled(not args.decoder_only):
+            posterior = vae.encode(pictures).latent_dist
         output = vae.decode(posterior.sample(generator)).sample
         # Squared error favours blur; the absolute term keeps edges sharp. The weak KL keeps the latents near N(0, 1).
         # The object and two pixels around it count eight times: its corners tell the shapes apart.
@@ -93,7 +96,7 @@ def train_vae(vae: Any, args: argparse.Namespace) -> None:
         loss = off.square().mean() + 0.5 * off.abs().mean() + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 0 or step == args.vae_steps - 1:
             print(f"vae {step:5d} loss {loss.item():.4f} {time.process_time() - started:.0f}s", flush=True)
@@ -182,7 +185,10 @@ def train_network(pipe: Any, texts: list[str], latents: torch.Tensor, args: argp
         drop = rng.random(args.batch) < 0.1
         condition = embed(pipe, ["" if d else texts[i] for i, d in zip(pick, drop, strict=True)])
         x0 = latents[torch.from_numpy(pick)]
-        x1, t = torch.randn(x0.shape, generator=generator), torch.randn(len(x0), generator=generator).sigmoid()
+        x1, t = (
+            torch.randn(x0.shape, generator=generator),
+            (torch.randn(len(x0), generator=generator) + args.noisier).sigmoid(),
+        )
         x = torch.lerp(x0, x1, t[:, None, None, None, None])
         loss = F.mse_loss(pipe.transformer(x, t * 1000, condition, return_dict=False)[0], x1 - x0)
         optimizer.zero_grad()
@@ -207,9 +213,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--snapshots", default="", help="also save the averaged weights here at every evaluation")
-    parser.add_argument(
-        "--vae-from", default="", help="start from the autoencoder of this pipeline folder"
-    )
+    parser.add_argument("--vae-from", default="", help="start from the autoencoder of this pipeline folder")
+    parser.add_argument("--from", dest="start", default="", help="go on from the weights of this pipeline folder")
+    parser.add_argument("--decoder-only", action="store_true", help="train the autoencoder's decoder alone")
     parser.add_argument("--vae-steps", type=int, default=1200)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--vae-lr", type=float, default=3e-3)
@@ -217,6 +223,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--noisier", type=float, default=0.0, help="mean of the logit of the times trained on")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--every", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
@@ -229,7 +236,9 @@ def main() -> None:
     words = {word for split in ("train", "held_out") for pool in scenes.prompts(split).values() for p in pool
              for word in p.text.split()}  # fmt: skip
     pipe, clock = build_wan_embedded(words, seed=args.seed), {"start": time.process_time()}
-    if args.vae_from:
+    if args.start:
+        pipe = type(pipe).from_pretrained(args.start, torch_dtype=torch.float32)
+    elif args.vae_from:
         pipe.vae = type(pipe.vae).from_pretrained(args.vae_from, subfolder="vae", torch_dtype=torch.float32)
     if args.vae_steps:
         slim(pipe.vae)
@@ -240,8 +249,9 @@ def main() -> None:
     clock["vae"] = time.process_time()
     print("checker accuracy", accuracy, f"{clock['vae'] - clock['start']:.0f}s", flush=True)
     texts, latents = encode_pool(pipe.vae, args.pool, args.seed)
-    axes = (0, 2, 3, 4)
-    pipe.vae.register_to_config(latents_mean=latents.mean(axes).tolist(), latents_std=latents.std(axes).tolist())
+    if not args.start:
+        axes = (0, 2, 3, 4)
+        pipe.vae.register_to_config(latents_mean=latents.mean(axes).tolist(), latents_std=latents.std(axes).tolist())
     clock["pool"] = time.process_time()
     curve, averaged = train_network(pipe, texts, standardise(pipe.vae, latents), args)
     clock["flow"] = time.process_time()
@@ -250,7 +260,7 @@ def main() -> None:
     prompts, marks = held_out(512, 12), list(clock.items())
     report = {
         "command": "python scripts/pretrain_video.py " + " ".join(sys.argv[1:]),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "snapshots", "vae_from")},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "snapshots", "vae_from", "start")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "processor_seconds": {b: round(y - x) for (_, x), (b, y) in itertools.pairwise(marks)},
         "checker_accuracy": accuracy,

@@ -161,6 +161,7 @@ METHODS: tuple[Method, ...] = (
             "formula": _EUPHONIUM + "test_two_surrogates_are_summed",
             "identity": _EUPHONIUM + "test_zero_guidance_is_flow_grpo_and_dance_grpo_bit_for_bit",
             "reconstructed": _EUPHONIUM + "test_distillation_moves_towards_the_guided_step",
+            "learned": "docs/results/forward/euphonium.json",
         },
     ),
     _objective(

@@ -167,6 +167,7 @@ METHODS = (
             "formula": _TESTS + "test_loss_and_weights_against_a_plain_loop",
             "identity": _TESTS + "test_a_constant_critic_is_orw",
             "reconstructed": _TESTS + "test_pointwise_optimum_is_invariant_to_the_critic",
+            "learned": "docs/results/forward/main.json",
         },
         config="objective.name=ac_flow",
     ),

@@ -100,6 +100,6 @@ def test_pictures_short_clips_and_unknown_modes_are_refused() -> None:
         MovingObject("soft")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["moving_consistency", "moving_direction", "moving_identity", "moving_object"])
+@pytest.mark.parametrize("name", ["moving_direction", "moving_object"])
 def test_the_probe_finds_them_usable(name: str) -> None:
     assert probe(name, {}).endswith("usable")

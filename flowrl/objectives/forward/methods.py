@@ -31,6 +31,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _LINEAR,
             "formula": _MATCHING + "test_nft_in_the_space_of_public_code",
             "identity": _MATCHING + "test_nft_has_no_gradient_without_a_preference",
+            "learned": "docs/results/forward/main.json",
         },
     ),
     _entry(
@@ -42,6 +43,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _LINEAR,
             "formula": _MATCHING + "test_awm_on_policy_gradient_is_the_covariance",
             "identity": _RUNS + "test_awm_with_a_ratio_bounded_by_the_engine",
+            "learned": "docs/results/forward/main.json",
         },
     ),
     _entry(
