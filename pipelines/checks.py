@@ -106,8 +106,8 @@ def check_lengths(limits: Mapping[str, int], tokenizers: Mapping[str, Any], text
             count = len(ids)
             if count > limit:
                 raise UserError(
-                    f"data.prompts: a prompt of {count} tokens is longer than the {limit} that the text encoder takes, and "
-                    f"would lose its end; shorten it: {text[:80]!r}"
+                    f"prompts (data or evaluation): one of {count} tokens is longer than the {limit} that the text encoder "
+                    f"takes, and would lose its end; shorten it: {text[:80]!r}"
                 )
 
 

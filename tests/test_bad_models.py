@@ -112,7 +112,8 @@ def test_a_prompt_longer_than_the_encoder_takes(
     prompts.write_text("a photo of a red circle\n" + "a red circle " * 9 + "\n")
     said = say(tiny_sd3, tmp_path, capsys, **{"data.prompts": str(prompts)})
     assert (
-        said.startswith("data.prompts: a prompt of ") and "tokens is longer than the 13 that the text encoder" in said
+        said.startswith("prompts (data or evaluation): one of ")
+        and "tokens is longer than the 13 that the text encoder" in said
     )
     assert "shorten it: 'a red circle a red circle" in said
 

@@ -104,7 +104,8 @@ def test_negative_is_out_of_range_and_zero_is_not(key: str) -> None:
 
 def test_groups_are_shared_out_over_the_processes() -> None:
     assert errors("batch.groups=6", world_size=3) == []
-    assert errors("batch.groups=6", world_size=4) == ["batch.groups"]
+    assert errors("batch.groups=6", "objective.updates=1", world_size=4) == []  # uneven shares
+    assert errors("batch.groups=3", "objective.updates=1", world_size=4) == ["batch.groups"]
 
 
 def test_check_says_everything_at_once_and_types_first() -> None:

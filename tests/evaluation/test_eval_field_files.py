@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flowrl.pipelines.tiny import build_sd3
 from flowrl.rewards.compositional import judge
 from flowrl.rewards.geneval import flow_grpo_verdict
 from flowrl.rewards.ocr import targets
@@ -19,6 +20,15 @@ from tests.evaluation.eval_parts import READS, distance, picture_of, recipe, sam
 
 DATA = Path(__file__).parents[1] / "data"
 GENEVAL, OCR = DATA / "geneval_test_metadata.jsonl", DATA / "ocr_test.txt"
+
+
+@pytest.fixture(scope="module")
+def wide_sd3(tmp_path_factory: pytest.TempPathFactory, world_words: list[str]) -> Path:
+    """A tiny model whose text encoders take the files' prompts whole: they spell what is no word of the world."""
+    folder = tmp_path_factory.mktemp("wide_sd3")
+    size = {"layers": 1, "heads": 1, "head_dim": 32, "clip_layers": 1, "clip_hidden": 32, "vae_channels": (8, 16, 16)}
+    build_sd3(world_words, text_length=320, **size).save_pretrained(folder)
+    return folder
 
 
 def test_every_geneval_row_is_judged_right_by_its_own_atoms() -> None:
@@ -51,11 +61,11 @@ def test_every_ocr_target_is_found_with_and_without_metadata() -> None:
         assert targets(row.prompt, row.metadata) == targets(row.prompt, {}) == [row.prompt.split('"')[1]]
 
 
-def test_geneval_rows_end_to_end(tiny_sd3: Path, tmp_path: Path) -> None:
+def test_geneval_rows_end_to_end(wide_sd3: Path, tmp_path: Path) -> None:
     """A detector that sees two wine glasses everywhere: right for the rows that ask for just that."""
     count = 60
     file = recipe(
-        tiny_sd3, tmp_path, **{"evaluation.prompts": str(GENEVAL), "evaluation.format": "geneval", "evaluation.count": count,
+        wide_sd3, tmp_path, **{"evaluation.prompts": str(GENEVAL), "evaluation.format": "geneval", "evaluation.count": count,
         "evaluation.steps": 1, "batch.micro_batch": 16,
         "rewards": [{"name": "compositional", "args": {"detector": "tests.evaluation.eval_parts:two_glasses"}}]},
     )  # fmt: skip
@@ -75,10 +85,10 @@ def test_geneval_rows_end_to_end(tiny_sd3: Path, tmp_path: Path) -> None:
     assert "strict (compositional), mean of tags" in text and "counting" in text
 
 
-def test_ocr_rows_end_to_end(tiny_sd3: Path, tmp_path: Path) -> None:
+def test_ocr_rows_end_to_end(wide_sd3: Path, tmp_path: Path) -> None:
     count = 24
     file = recipe(
-        tiny_sd3, tmp_path, **{"evaluation.prompts": str(OCR), "evaluation.format": "ocr", "evaluation.count": count,
+        wide_sd3, tmp_path, **{"evaluation.prompts": str(OCR), "evaluation.format": "ocr", "evaluation.count": count,
         "evaluation.steps": 1, "batch.micro_batch": 16, "rewards": [{"name": "tests.evaluation.eval_parts:FakeOcr"}]},
     )  # fmt: skip
     text = api.evaluate(str(file))
