@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.distributed import layout
-from flowrl.distributed.replicas import ReplicaMismatch, checksum
+from flowrl.distributed.checksums import ReplicaMismatch, checksum
 from flowrl.distributed.turns import Turns
 from flowrl.errors import UserError
 

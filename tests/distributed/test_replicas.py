@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from flowrl.distributed import replicas
+from flowrl.distributed import checksums, replicas
 from flowrl.distributed.backend import Backend
-from flowrl.distributed.replicas import ReplicaMismatch, check_models, checksum
+from flowrl.distributed.checksums import ReplicaMismatch, checksum
+from flowrl.distributed.replicas import check_models
 from tests.distributed.processes import run
 from tests.distributed.toys import config_of, trainer_of
 
 
 def test_a_checksum_is_that_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    factor = 2 * replicas._ODD
+    factor = 2 * checksums._ODD
     bits = x.view(torch.int32).flatten().tolist()
     expected = sum(b * (i * factor + 1) for i, b in enumerate(bits)) % 2**64
     assert int(checksum(x)) % 2**64 == expected
-    monkeypatch.setattr(replicas, "CHUNK", 4)
+    monkeypatch.setattr(checksums, "CHUNK", 4)
     assert int(checksum(x)) % 2**64 == expected
 
 

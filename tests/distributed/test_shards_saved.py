@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from flowrl.checkpoint import store
 from flowrl.distributed.backend import Backend
-from flowrl.distributed.replicas import ReplicaMismatch
+from flowrl.distributed.checksums import ReplicaMismatch
 from flowrl.tracking.progress import Progress
 from flowrl.training.build import build
 from flowrl.training.run import Run
