@@ -97,7 +97,8 @@ def test_two_processes_with_shards_agree_with_one(case: str, trained: dict[int, 
         assert list(alone[kind]) == list(first[kind])
         for name, whole in alone[kind].items():
             assert torch.allclose(whole, first[kind][name], rtol=1e-3, atol=1e-5), name
-    assert torch.allclose(alone["adam"], first["adam"], rtol=1e-3, atol=1e-7)
+    # Elements near zero are sums that cancel, whose rounding depends on their order.
+    assert torch.allclose(alone["adam"], first["adam"], rtol=1e-3, atol=1e-3 * float(alone["adam"].abs().max()))
     if case.startswith("full"):
         assert all(len(tensor) == 0 for tensor in second["weights"].values() if tensor.ndim)
 
