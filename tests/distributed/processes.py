@@ -98,7 +98,7 @@ def wait(started: list[tuple[Any, Any]], limit: float = 90.0) -> list[Ended]:
     return found
 
 
-def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 90.0) -> list[Any]:
+def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 240.0) -> list[Any]:
     """What ``function`` returned in each of ``world`` processes, in rank order; fails where one failed or hung."""
     ended = wait(start(world, function, *arguments), limit)
     for rank, one in enumerate(ended):
