@@ -113,16 +113,14 @@ def _draw(
     """Pictures uint8 [B, H, W, 3], or videos [B, F, H, W, 3], their latents, and the pooled text of their prompts."""
     asked = [request for request, _ in part]
     keys = [rng.key(seed, 0, r.prompt_id, member=m, stream="evaluation") for r, m in part]
+    prompted = policy.encode(asked)
     if draw is None:
-        prompted = policy.encode(asked)
-        text = pooled_text(prompted.positive)
         x0 = sample(policy, prompted, rng.normal(keys, adapter.latent_shape(asked[0])))
     else:
-        text = pooled_text(adapter.encode(asked))
-        x0 = draw(policy, part, seed)
+        x0 = draw(policy, prompted, part, seed)
     with torch.no_grad():
         decoded = (adapter.decode(x0, asked[0]).nan_to_num(0.0) * 255).round().to(torch.uint8)
-    return decoded.movedim(1, -1).cpu().numpy(), x0, text
+    return decoded.movedim(1, -1).cpu().numpy(), x0, pooled_text(prompted.positive)
 
 
 def _exchange(

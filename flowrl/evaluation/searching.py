@@ -19,8 +19,8 @@ from flowrl.rollout.policy import Policy
 from flowrl.rollout.search import Judge, Search, Searcher, Spent
 from flowrl.scoring.runtime import RewardRuntime
 
-Draw = Callable[[Policy, Sequence[tuple[Request, int]], int], Tensor]
-"""(the evaluation's policy, (what is asked, number of the picture) of B pictures, seed) -> x0 [B, ...]."""
+Draw = Callable[[Policy, Prompted, Sequence[tuple[Request, int]], int], Tensor]
+"""(the evaluation's policy, conditioning and (what is asked, number of the picture) of B pictures, seed) -> x0 [B, ...]."""
 
 
 def search_of(config: Config) -> Search:
@@ -81,7 +81,7 @@ class Searching:
         self.search = search_of(config)
         self.spent = Spent()
 
-    def draw(self, policy: Policy, part: Sequence[tuple[Request, int]], seed: int) -> Tensor:
+    def draw(self, policy: Policy, prompted: Prompted, part: Sequence[tuple[Request, int]], seed: int) -> Tensor:
         """x0 [B, ...] of B pictures. policy: that of the evaluation; noise is drawn by the kernel of the rollout."""
         kernel, size = self.config.rollout.kernel, self.config.batch.micro_batch
         own = Policy(
@@ -94,7 +94,10 @@ class Searching:
         searcher = Searcher(own, self.search, judge, self.spent)
         # best_of goes slot by slot in the batches of plain sampling; the others hold all candidates at once.
         count = len(part) if self.search.kind == "best_of" else max(1, size // self.search.slots)
-        return torch.cat([self._some(searcher, part[at : at + count], seed) for at in range(0, len(part), count)])
+        chunks = torch.split(torch.arange(len(part)), count)
+        return torch.cat(
+            [self._some(searcher, prompted[rows], [part[i] for i in rows.tolist()], seed) for rows in chunks]
+        )
 
     def facts(self, backend: Backend | None = None) -> dict[str, Any]:
         """What evaluation.json says of a search: its kind and what it cost, of all processes."""
@@ -106,9 +109,8 @@ class Searching:
             name: int(value) for name, value in zip(names, total, strict=True)
         }
 
-    def _some(self, searcher: Searcher, part: Sequence[tuple[Request, int]], seed: int) -> Tensor:
-        asked = [request for request, _ in part]
-        shape = self.adapter.latent_shape(asked[0])
+    def _some(self, searcher: Searcher, prompted: Prompted, part: Sequence[tuple[Request, int]], seed: int) -> Tensor:
+        shape = self.adapter.latent_shape(part[0][0])
 
         def noise(draw: int, stream: str) -> Tensor:
             # Slot 0 of the start noise is that of plain sampling.
@@ -123,4 +125,4 @@ class Searching:
             request, member = part[picture]
             return rng.uniform(rng.key(seed, 0, request.prompt_id, member=member, step=state, stream="sampler"))
 
-        return searcher.run(searcher.policy.encode(asked), noise, uniform)
+        return searcher.run(prompted, noise, uniform)
