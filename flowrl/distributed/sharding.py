@@ -1,7 +1,7 @@
 """A network split over processes by torch's ``fully_shard`` (FSDP2), block by block.
 
 Frozen weights, and all weights in full fine-tuning, are cut into shards. LoRA layers and single numbers stay whole in every
-process, as without sharding: they are a hundredth of the network. Gradients of shards are added up here rather than by
+process, as without sharding: they are small beside the network. Gradients of shards are added up here rather than by
 FSDP, so that they travel once an update, summed and not averaged, whatever number of calls a process has made.
 """
 
