@@ -179,7 +179,7 @@ def train_network(pipe: Any, texts: list[str], latents: torch.Tensor, args: argp
     averaged = {name: copy.deepcopy(module) for name, module in modules.items()}
     parameters = [p for module in modules.values() for p in module.parameters()]
     shadow = [p for module in averaged.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-2, fused=True)
     rng, generator = np.random.default_rng([args.seed, 4]), torch.Generator().manual_seed(args.seed + 4)
     test_prompts, curve, started = held_out(128, 11), [], time.process_time()
     for step in range(args.steps):

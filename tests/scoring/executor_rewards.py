@@ -90,7 +90,10 @@ def dies_once(images: Any, prompts: Any, mark: str) -> list[float]:
 
 
 class Mover:
-    """Scores by first pixel and notes in a file when it moves and scores; ``fail``: what raises."""
+    """Scores by first pixel and notes in a file when it moves and scores; ``fail``: what raises.
+
+    A batch whose prompt is "held" is scored once a file LOG.go is there.
+    """
 
     name = "mover"
 
@@ -115,8 +118,8 @@ class Mover:
         self.note("score")
         if self.away:
             raise RuntimeError("scored while away")
-        if prompts[0] == "slow":
-            time.sleep(0.3)
+        while prompts[0] == "held" and not os.path.exists(f"{self.log}.go"):
+            time.sleep(0.01)
         return first_pixel(images, prompts)
 
 

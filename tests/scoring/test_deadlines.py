@@ -103,6 +103,7 @@ def test_a_runner_raises_what_its_work_raises(kind: type[BaseException]) -> None
     runner.close()
 
 
+@pytest.mark.wall_clock
 def test_nothing_here_keeps_a_program_from_ending() -> None:
     """A reward that hangs and a watchdog that waits: the program ends nevertheless, at once."""
     program = """
@@ -135,6 +136,7 @@ def test_a_runner_lets_go_of_what_it_ran() -> None:
     runner.close()
 
 
+@pytest.mark.wall_clock
 def test_a_watchdog_bites_once_and_only_late() -> None:
     bites: list[int] = []
     with Watchdog(0.02, lambda: bites.append(1)) as dog:

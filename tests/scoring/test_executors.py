@@ -247,6 +247,7 @@ def test_a_slow_reward_hides_behind_the_rollout() -> None:
     assert scoring >= 0.6 and hidden > 0.25, (serial, overlapped)
 
 
+@pytest.mark.wall_clock
 def test_closing_drops_what_waits() -> None:
     executor = make_executor("slow", entry("slow", seconds=0.3), ExecutorSettings())
     futures = [executor.submit(batch(pixel)) for pixel in range(5)]

@@ -155,6 +155,7 @@ def test_the_total_limit_ends_an_iteration_of_hangs() -> None:
         same(executor.score(batch(1, 2)), 1.0, 2.0)
 
 
+@pytest.mark.wall_clock
 def test_time_between_calls_does_not_count() -> None:
     with ExitStack() as stack:
         executor, _ = opened(stack, GOOD, total_s=0.3)
@@ -163,6 +164,7 @@ def test_time_between_calls_does_not_count() -> None:
             time.sleep(0.2)  # the rollout of the next batch
 
 
+@pytest.mark.wall_clock
 def test_the_breaker_spares_a_service_that_fails() -> None:
     with ExitStack() as stack:
         executor, seen = opened(stack, *[reply(500, b"")] * 2, GOOD, breaker=2, breaker_s=0.3)

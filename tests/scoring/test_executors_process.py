@@ -54,6 +54,7 @@ def test_a_process_that_dies_masks_its_batch_and_is_started_again(executor: Exec
     same(last, 200.0, 7.0)
 
 
+@pytest.mark.wall_clock
 def test_what_a_reward_prints_goes_to_standard_error(executor: Executor, capfd: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)
     same(executor.score(batch(5, prompt="print")), 5.0)

@@ -36,7 +36,9 @@ def test_it_stays_while_others_wait(tmp_path: Path) -> None:
     log = tmp_path / "log"
     source = replace(entry("Mover", log=str(log)), offload=True)
     with make_executor("mover", source, ExecutorSettings(kind="thread")) as executor:
-        results = gather([executor.submit(batch(pixel, prompt="slow")) for pixel in (1, 2, 3)])
+        submitted = [executor.submit(batch(pixel, prompt="held")) for pixel in (1, 2, 3)]
+        (tmp_path / "log.go").touch()
+        results = gather(submitted)
     assert [float(result.scores[0]) for result in results] == [1.0, 2.0, 3.0]
     assert moves(log) == ["offload", "onload", "score", "score", "score", "offload"]
 

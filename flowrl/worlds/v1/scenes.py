@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flowrl.worlds.draws import draw_by_tag
+
 WORLD = "v1"
 SIZE = 36
 CELLS = 3
@@ -153,9 +155,7 @@ def prompts(split: Split) -> dict[str, tuple[Prompt, ...]]:
 
 def draw_prompt(rng: np.random.Generator, split: Split = "train") -> Prompt:
     """Draw a tag by TAG_WEIGHT, then one of its sentences uniformly."""
-    tag = TAGS[rng.choice(len(TAGS), p=[TAG_WEIGHT[t] for t in TAGS])]
-    pool = prompts(split)[tag]
-    return pool[rng.integers(len(pool))]
+    return draw_by_tag(prompts(split), TAG_WEIGHT, rng)
 
 
 @dataclass(frozen=True)

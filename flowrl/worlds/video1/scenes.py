@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flowrl.worlds.draws import draw_by_tag
 from flowrl.worlds.v1.scenes import COLORS
 
 WORLD = "video1"
@@ -69,9 +70,7 @@ def prompts(split: Split) -> dict[str, tuple[Prompt, ...]]:
 
 def draw_prompt(rng: np.random.Generator, split: Split = "train") -> Prompt:
     """Draw a tag by TAG_WEIGHT, then one of its sentences uniformly."""
-    tag = TAGS[rng.choice(len(TAGS), p=[TAG_WEIGHT[t] for t in TAGS])]
-    pool = prompts(split)[tag]
-    return pool[rng.integers(len(pool))]
+    return draw_by_tag(prompts(split), TAG_WEIGHT, rng)
 
 
 @dataclass(frozen=True)
