@@ -8,7 +8,8 @@ distinct latents before step k (B where members share nothing; a latent that chu
     loss         the update's forwards of all passes but the first minibatch's, with a loss over whole trajectories
     reference    the update's forwards of one pass with a KL term, whatever the number of passes
     values       c n (K - 1) forwards where step values come from ODE runs of n steps, or from a process reward on them; K - 1
-                 from a head on features; none from a critic or a network on latents
+                 from a head on features; none from a network on latents
+    critic       n K forwards where it reads features (twice with pdppo), none where it reads latents
 
 Objectives on re-noised samples (`flowrl.training.learners.forward`), with M draws of (t, noise) a sample: the rollout is B
 deterministic steps of its solver, update B M forwards and backwards a pass, old and reference B M forwards each where the
@@ -255,6 +256,8 @@ def value_work(config: Config) -> Work:
     """Forwards of the runs that give step values; the one-step estimate comes with the rollout."""
     if config.credit.values == "process":
         return _process_work(config)
+    if config.critic.features:
+        return _critic_work(config)
     if config.credit.values != "ode":
         return NONE
     batch, steps = config.batch, config.rollout.steps
@@ -278,6 +281,16 @@ def value_samples(config: Config) -> int:
     if config.credit.values == "process":  # networks on latents decode nothing
         times = sum(entry.name == "x0" and entry.weight != 0 for entry in config.process)
     return times * sum(latents for _, latents in _valued(config, window_of(config)[1][0]))
+
+
+def _critic_work(config: Config) -> Work:
+    """Forwards for a critic on features: of each trained transition's state, or of each draw of ac_flow, one a sample."""
+    batch = config.batch
+    if config.objective.name == "ac_flow":
+        return _per_chunk(config, [config.forward.draws])
+    states = batch.samples * trained_of(config)
+    work = Work(Count.of([states]), Count.of([math.ceil(states / batch.micro_batch)]))
+    return work.times(2 if config.advantage.name == "pdppo" else 1)
 
 
 def _process_work(config: Config) -> Work:

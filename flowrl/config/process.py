@@ -28,18 +28,21 @@ class ProcessEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Critic:
-    """A value network on latents, trained on the run's own samples: for ``credit.values: critic`` and ac_flow.
+    """A value network, trained on the run's own samples: for ``credit.values: critic`` and ac_flow.
 
+    features: modules of the generator whose hidden states it reads, as they were before training, averaged over places: one
+    network call a state; none: it reads the latent itself.
     loss: squared | huber (linear beyond ``delta``) | hl_gauss (``bins`` bins over [low, high], in standard deviations of
-    the reward). width, blocks: of its convolutions. lr, steps, batch, max_grad_norm: of its AdamW, steps an iteration.
-    buffer: iterations whose samples it learns from. ema: of the averaged weights that give all values. lam: of the returns
-    it is regressed to, 1 is the outcome.
+    the reward). width, blocks: of its convolutions (width alone with features). lr, weight_decay, steps, batch,
+    max_grad_norm: of its AdamW, steps an iteration. buffer: iterations whose samples it learns from. ema: of the averaged
+    weights that give all values. lam: of the returns it is regressed to, 1 is the outcome.
     warmup: iterations before it may be used. min_explained: share of the variance of outcomes that it must explain on
     samples it was not trained on, at states with t < ``below`` (all where none is). closed: until then the policy has no
     update ("wait"), or plain group advantages ("outcome"; ac_flow: without a critic). diverged: a critic that explains less
     than minus this three times in a row is stopped for good.
     """
 
+    features: tuple[str, ...] = ()
     loss: Literal["squared", "huber", "hl_gauss"] = "huber"
     delta: float = 1.0
     bins: int = 51
@@ -48,6 +51,7 @@ class Critic:
     width: int = 16
     blocks: int = 3
     lr: float = 1e-3
+    weight_decay: float = 0.0
     steps: int = 16
     batch: int = 256
     max_grad_norm: float = 1.0

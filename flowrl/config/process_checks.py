@@ -92,10 +92,20 @@ def _critic(config: Config) -> Iterator[str]:
             yield f"critic.{name}: {vars(critic)[name]} is out of range; use 0 to 1"
     if not 0 <= critic.ema < 1:
         yield f"critic.ema: {critic.ema} is out of range; use at least 0 and less than 1"
-    if critic.warmup < 0:
-        yield f"critic.warmup: {critic.warmup} is out of range; use at least 0"
+    for name in ("warmup", "weight_decay"):
+        if not vars(critic)[name] >= 0:
+            yield f"critic.{name}: {vars(critic)[name]} is out of range; use at least 0"
+    yield from _critic_features(critic)
     if critic.loss == "hl_gauss" and (critic.bins < 2 or critic.low >= critic.high):
         yield f"critic.bins: {critic.bins} over {critic.low} .. {critic.high}; use at least 2, and low below high"
+
+
+def _critic_features(critic: Critic) -> Iterator[str]:
+    names = critic.features
+    if not all(names) or len(set(names)) < len(names):
+        yield f"critic.features: {list(names)} repeats a name or has an empty one; name each module once"
+    if names and critic.blocks != Critic().blocks:
+        yield "critic.blocks: are of its convolutions, and with critic.features it has none; remove one of the two"
 
 
 def _ac_flow(config: Config) -> Iterator[str]:

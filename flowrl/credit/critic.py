@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl import rng
 from flowrl.config.process import Critic
 from flowrl.credit.critic_losses import bin_edges, critic_loss, critic_value, explained_variance
-from flowrl.credit.networks import LatentNetwork, seeded
+from flowrl.credit.networks import LatentNetwork, SummaryNetwork, seeded
 
 PATIENCE = 3
 """Iterations in a row that a critic may be worse than ``diverged`` before it is stopped."""
@@ -23,7 +23,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """States to learn from. x: [N, ...]; t: float32 [N]; text: float32 [N, D]; target: float32 [N]."""
+    """States to learn from. x: [N, ...], what the critic reads of them; t, target: float32 [N]; text: float32 [N, D]."""
 
     x: Tensor
     t: Tensor
@@ -63,26 +63,31 @@ class Recent:
 
 
 class ValueCritic:
-    """V(x_t, t, text) with its optimizer, its average, which gives all values, and its gate.
+    """V(x_t, t, text), or V(features of x_t, t, text), with its optimizer, its average, which gives all values, and its gate.
 
     The gate opens once the critic has been trained for ``warmup`` iterations and explains at least ``min_explained`` of the
     targets' variance on samples it was not trained on; it closes again when it does not. A loss or gradient that is not
     finite, or three iterations in a row that explain less than ``-diverged``, stop it for good: ``stopped`` says why.
+
+    reads: channels of the latent, or with ``settings.features`` numbers of their `summary`; text: of the text vector.
     """
 
-    def __init__(
-        self, settings: Critic, channels: int, text: int, seed: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, settings: Critic, reads: int, text: int, seed: int, device: torch.device | str = "cpu") -> None:
         self.settings = settings
         histogram = settings.loss == "hl_gauss"
         self.edges = bin_edges(settings.low, settings.high, settings.bins) if histogram else None
         with seeded(seed):
-            self.network = LatentNetwork(
-                channels, text, width=settings.width, blocks=settings.blocks, out=settings.bins if histogram else 1
+            out = settings.bins if histogram else 1
+            self.network: LatentNetwork | SummaryNetwork = (
+                SummaryNetwork(reads, text, width=settings.width, out=out)
+                if settings.features
+                else LatentNetwork(reads, text, width=settings.width, blocks=settings.blocks, out=out)
             )
         self.network.to(device)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
         self.trained = self.bad = 0
         self.explained: float | None = None
         self.stopped = ""
@@ -91,7 +96,7 @@ class ValueCritic:
 
     @torch.no_grad()
     def value(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Values of latents by the averaged weights: float32 [N]."""
+        """Values of states by the averaged weights: float32 [N]. x: what the critic reads of them."""
         parts = [
             critic_value(self.settings.loss, self.average(*rows), self.edges)
             for rows in zip(*(torch.split(v, _CHUNK) for v in (x, t, text)), strict=True)

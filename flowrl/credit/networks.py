@@ -57,6 +57,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _reader(total: int, width: int, out: int) -> nn.Sequential:
+    """The small MLP that a network ends in."""
+    return nn.Sequential(
+        nn.Linear(total, 2 * width), nn.LayerNorm(2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width),
+        nn.LayerNorm(2 * width), nn.SiLU(), nn.Linear(2 * width, out),
+    )  # fmt: skip
+
+
 class LatentNetwork(nn.Module):
     """Read (x_t, t, text) with strided convolutions, an average over places and a small MLP: [B, out].
 
@@ -80,10 +88,7 @@ class LatentNetwork(nn.Module):
         self.trunk = nn.Sequential(*layers)
         hidden = width * 2 ** (blocks - 1)
         total = hidden + 2 * channels + TIME_FEATURES + text
-        self.head = nn.Sequential(
-            nn.Linear(total, 2 * width), nn.LayerNorm(2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width),
-            nn.LayerNorm(2 * width), nn.SiLU(), nn.Linear(2 * width, out),
-        )  # fmt: skip
+        self.head = _reader(total, width, out)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x: [B, C, H, W] or [B, C, F, H, W]; t: [B] in [0, 1]; text: [B, text]. Returns float32 [B, out]."""
@@ -96,6 +101,38 @@ class LatentNetwork(nn.Module):
         else:
             features = self.trunk(x).mean((2, 3))
         made: Tensor = self.head(torch.cat([features, moments, time_features(t), text.float()], 1))
+        return made
+
+
+def summary(taps: Sequence[Tensor]) -> Tensor:
+    """Mean and deviation over places of each channel of hidden states, each place normalised first: float32 [B, 2 sum D].
+
+    taps: token taps [B, N, D] or convolutional ones [B, D, H, W].
+    """
+    found = []
+    for tap in taps:
+        tokens = tap.float().flatten(2).transpose(1, 2) if tap.ndim == 4 else tap.float()
+        tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
+        found += [tokens.mean(1), tokens.std(1, correction=0)]
+    return torch.cat(found, 1)
+
+
+class SummaryNetwork(nn.Module):
+    """Read a `summary` of hidden states, its noise level and its text with a small MLP: [B, out].
+
+    features: numbers of a summary; text: width of the text vector, 0 for none; width: half the MLP's.
+    """
+
+    def __init__(self, features: int, text: int, *, width: int = 32, out: int = 1) -> None:
+        super().__init__()
+        if min(features, width, out) < 1 or text < 0:
+            raise ValueError("SummaryNetwork: features, width and out must be at least 1, text at least 0")
+        self.features, self.text = features, text
+        self.head = _reader(features + TIME_FEATURES + text, width, out)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """x: [B, features]; t: [B] in [0, 1]; text: [B, text]. Returns float32 [B, out]."""
+        made: Tensor = self.head(torch.cat([x.float(), time_features(t), text.float()], 1))
         return made
 
 

@@ -20,6 +20,7 @@ from flowrl.records import Prompted, PromptRow, Trajectory
 from flowrl.rollout.policy import Policy
 from flowrl.rollout.requests import request_of
 from flowrl.training.batch import Visit
+from flowrl.training.critic_view import Reference, View
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class CriticValues:
     open: bool
 
 
-def make_critic(config: Config, policy: Policy, row: PromptRow, member: int = 0) -> ValueCritic:
-    """A new critic for a run's latents. member: number of the critic, which its first weights are keyed by."""
-    request = request_of(config, row)
-    channels = policy.adapter.latent_shape(request)[0]
-    text = pooled_text(policy.adapter.encode([request])).shape[1]
+def make_view(config: Config, policy: Policy, row: PromptRow, reference: Reference | None) -> View:
+    """What a run's critics read of its states."""
+    return View(policy.adapter, config.critic.features, reference, config.batch.micro_batch, request_of(config, row))
+
+
+def make_critic(config: Config, view: View, member: int = 0) -> ValueCritic:
+    """A new critic for a run's states. member: number of the critic, which its first weights are keyed by."""
     seed = rng.key(config.seed, 0, member=member, stream="perturb")
-    return ValueCritic(config.critic, channels, text, seed, policy.adapter.device)
+    return ValueCritic(config.critic, view.reads, view.text, seed, view.adapter.device)
 
 
 def say_stopped(critic: ValueCritic, was: str, name: str) -> None:
@@ -73,11 +76,12 @@ def fit_together(critic: ValueCritic, backend: Backend, draw: Callable[[int], Cr
 class CreditCritic:
     """The critic of ``credit.values: critic``; with ``post`` a second one, of transitions' means (pdppo)."""
 
-    def __init__(self, config: Config, policy: Policy, row: PromptRow, backend: Backend, post: bool = False) -> None:
-        self.config, self.policy, self.backend = config, policy, backend
-        self.critics = {"critic": make_critic(config, policy, row)}
+    def __init__(self, config: Config, policy: Policy, view: View, backend: Backend, post: bool = False) -> None:
+        self.config, self.policy, self.view, self.backend = config, policy, view, backend
+        self.critics = {"critic": make_critic(config, view)}
         if post:
-            self.critics["critic_post"] = make_critic(config, policy, row, 1)
+            self.critics["critic_post"] = make_critic(config, view, 1)
+        self.seen: tuple[Trajectory | None, dict[str, tuple[Tensor, Tensor, Tensor]]] = (None, {})
         self.recent = {name: Recent(config.critic.buffer) for name in self.critics}
         self.standard = Standard()
 
@@ -89,9 +93,8 @@ class CreditCritic:
         """Values under the critic as it is, before it sees how these samples ended."""
         found = {}
         for name, critic in self.critics.items():
-            x, t = self._states(name, trajectory)
-            text = pooled_text(prompted.positive)[row].repeat_interleave(x.shape[1], 0)
-            value = critic.value(x.flatten(0, 1), t.flatten(), text).reshape(x.shape[:2])
+            value = critic.value(*(v.flatten(0, 1) for v in self._views(name, trajectory, prompted, row)))
+            value = value.reshape(len(trajectory), -1)
             found[name] = self.standard.back(value.double().cpu())
         own = found["critic"]
         return CriticValues(own[:, 0], own[:, 1:], found.get("critic_post"), self.open)
@@ -108,15 +111,13 @@ class CreditCritic:
         known = score.isfinite()
         target = self.standard.forward(score)[known].float()
         for number, (name, critic) in enumerate(self.critics.items()):
-            x, t = self._states(name, trajectory)
-            x, t = x[known.to(x.device)], t[known.to(t.device)]
-            text = pooled_text(prompted.positive)[row][known.to(x.device)]
-            count, steps = x.shape[:2]
-            flat = (x.flatten(0, 1), t.flatten(), text.repeat_interleave(steps, 0))
+            views = [v[known.to(v.device)] for v in self._views(name, trajectory, prompted, row)]
+            count, steps = views[1].shape
+            flat = [v.flatten(0, 1) for v in views]
             value = critic.value(*flat).reshape(count, steps).cpu() if count else torch.zeros(0, steps)
             outcome = target[:, None].expand(-1, steps)
             returns = lambda_returns(value, target, critic.settings.lam) if count else outcome
-            made = {"x": flat[0], "t": flat[1], "text": flat[2], "target": returns.flatten().to(x.device)}
+            made = {"x": flat[0], "t": flat[1], "text": flat[2], "target": returns.flatten().to(flat[0].device)}
             made |= {"value": value.flatten(), "outcome": outcome.flatten()}
             group = trajectory.group_id[known].repeat_interleave(steps)
             seen = in_order(self.backend, group, made)
@@ -126,6 +127,7 @@ class CreditCritic:
             metrics[f"{name}/loss"] = self._fit(name, visit, number)
             metrics |= critic.as_metrics(name)
             say_stopped(critic, before[number], f"critic: {name}")
+        self.seen = (None, {})
         held = sum(c.nbytes for c in self.critics.values()) + sum(r.nbytes for r in self.recent.values())
         return metrics | {"memory/critic_mb": held / 2**20}
 
@@ -139,6 +141,21 @@ class CreditCritic:
             return CriticBatch(**recent.draw(seed, critic.settings.batch))
 
         return fit_together(critic, self.backend, draw, critic.settings.batch)
+
+    def _views(
+        self, name: str, trajectory: Trajectory, prompted: Prompted, row: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the critic reads of each state [B, K, ...], times [B, K] and text [B, K, D]; made once a trajectory."""
+        if self.seen[0] is not trajectory:
+            self.seen = (trajectory, {})
+        if name not in self.seen[1]:
+            x, t = self._states(name, trajectory)
+            steps = x.shape[1]
+            rows = row.repeat_interleave(steps)
+            view = self.view(x.flatten(0, 1), t.flatten(), prompted.positive, rows)
+            text = pooled_text(prompted.positive)[rows].reshape(len(x), steps, -1)
+            self.seen[1][name] = (view.reshape(len(x), steps, *view.shape[1:]), t, text)
+        return self.seen[1][name]
 
     def _states(self, name: str, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """Latents float32 [B, K, ...] and their times [B, K]."""
@@ -177,8 +194,11 @@ class CreditCritic:
         self.standard.sums = state["standard"].clone()
 
 
-def build_critics(config: Config, policy: Policy, rows: Sequence[PromptRow], backend: Backend) -> CreditCritic | None:
+def build_critics(
+    config: Config, policy: Policy, rows: Sequence[PromptRow], backend: Backend, reference: Reference | None
+) -> CreditCritic | None:
     """The critics of ``credit.values: critic``; None for another setting."""
     if config.credit.values != "critic":
         return None
-    return CreditCritic(config, policy, rows[0], backend, post=config.advantage.name == "pdppo")
+    view = make_view(config, policy, rows[0], reference)
+    return CreditCritic(config, policy, view, backend, post=config.advantage.name == "pdppo")

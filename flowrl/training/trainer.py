@@ -91,7 +91,7 @@ class Trainer:
             transitions=self.learner.needs_transitions, arrange=self.learner.arrange, micro=micro,
         )  # fmt: skip
         self.process = build_process(config, self.policy, rewards, self.collector.pixels, reference)
-        self.critics = build_critics(config, self.policy, rows, self.backend)
+        self.critics = build_critics(config, self.policy, rows, self.backend, reference)
         self.collector.process, self.collector.critics = self.process, self.critics
         self.collector.guide = guide_of(config, self.process)
         self.observer: Observer | None = None

@@ -17,7 +17,7 @@ from flowrl.credit.networks import pooled_text
 from flowrl.dynamics.interpolants import interpolate
 from flowrl.objectives.actor_critic import centred_advantage, critic_advantage, shaped_reward
 from flowrl.training.batch import TrainingBatch, Visit
-from flowrl.training.critics import fit_together, in_order, make_critic, say_stopped
+from flowrl.training.critics import fit_together, in_order, make_critic, make_view, say_stopped
 from flowrl.training.learners.base import Bench
 from flowrl.training.learners.forward import Call, ForwardLearner, Inputs
 
@@ -31,7 +31,8 @@ class ActorCriticLearner(ForwardLearner):
         options = dict(self.config.objective.loss_options)
         self.weighting = str(options.get("weighting", "exponential"))
         self.temperature = float(options.get("temperature", 1.0))
-        self.critic = make_critic(self.config, bench.policy, bench.rows[0])
+        self.view = make_view(self.config, bench.policy, bench.rows[0], bench.reference)
+        self.critic = make_critic(self.config, self.view)
         self.recent = Recent(self.config.critic.buffer)
         self.standard = Standard()
         self.advantages = torch.zeros(0)
@@ -49,7 +50,9 @@ class ActorCriticLearner(ForwardLearner):
         known = shaped.isfinite()
         text = pooled_text(batch.prompted.positive)[batch.row]
         with self.bench.clock.phase("critic"):
-            values, t = self._values(batch, batch.visit, text)
+            seen = self._draws(batch, batch.visit, text)
+            values = torch.stack([self.critic.value(rows.x, rows.t, text).cpu() for rows in seen])
+            t = torch.stack([rows.t.cpu() for rows in seen])
             gathered = [
                 self.bench.backend.gather(v.flatten().contiguous()) for v in (values, shaped.expand_as(values), t)
             ]
@@ -62,7 +65,7 @@ class ActorCriticLearner(ForwardLearner):
         else:
             row = {"update/steps": 0, "optimizer/lr": self.bench.rate}
         with self.bench.clock.phase("critic"):
-            row["critic/loss"] = self._fit(batch, batch.visit, shaped, text)
+            row["critic/loss"] = self._fit(batch, batch.visit, shaped, seen)
         say_stopped(self.critic, was, "ac_flow's critic")
         row["memory/critic_mb"] = (self.critic.nbytes + self.recent.nbytes) / 2**20
         return row | self.critic.as_metrics()
@@ -78,15 +81,14 @@ class ActorCriticLearner(ForwardLearner):
         scale = (self.standard.mean, self.standard.std) if s.scale == "running" else None
         return shaped_reward(score, group, limit=s.reward_limit, scale=scale)
 
-    def _values(self, batch: TrainingBatch, visit: Visit, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(critic's values, times) of every sample at each of the update's draws: float32 [draws, B] on CPU."""
-        values, times = [], []
+    def _draws(self, batch: TrainingBatch, visit: Visit, text: Tensor) -> list[CriticBatch]:
+        """What the critic reads of every sample at each of the update's draws; targets are not known yet."""
+        found = []
         rows = torch.arange(len(batch.trajectory))
         for draw in range(self.config.forward.draws):
             at = self.renoiser.draw(batch.trajectory, visit.seed, visit.iteration, rows, draw)
-            values.append(self.critic.value(at.x, at.t, text).cpu())
-            times.append(at.t.cpu())
-        return torch.stack(values), torch.stack(times)
+            found.append(CriticBatch(self.view(at.x, at.t, batch.prompted.positive, batch.row), at.t, text, at.t))
+        return found
 
     def _advantages(self, shaped: Tensor, values: Tensor, known: Tensor) -> Tensor:
         """What the loss takes for its advantage: float32 [draws, B]; the value itself with critic_only weights."""
@@ -114,20 +116,26 @@ class ActorCriticLearner(ForwardLearner):
 
     # -- the critic ------------------------------------------------------------------------------------------------
 
-    def _fit(self, batch: TrainingBatch, visit: Visit, shaped: Tensor, text: Tensor) -> float | None:
+    def _fit(self, batch: TrainingBatch, visit: Visit, shaped: Tensor, seen: list[CriticBatch]) -> float | None:
         known = shaped.isfinite()
-        x0 = batch.trajectory.x0
-        here = known.to(x0.device)
-        own = {"x0": x0[here].float(), "text": text[here], "target": shaped[known].to(x0.device)}
-        seen = in_order(self.bench.backend, batch.trajectory.group_id[known], own)
-        if len(seen["target"]):
-            self.recent.push(seen)
+        group = batch.trajectory.group_id[known]
+        device = batch.trajectory.x0.device
+        here, target = known.to(device), shaped[known].to(device)
+        if self.view.features:  # what it saw of the update's draws: other times would be further network calls
+            own = {name: torch.cat([getattr(rows, name)[here] for rows in seen]) for name in ("x", "t", "text")}
+            own["target"], group = target.repeat(len(seen)), group.repeat(len(seen))
+        else:
+            own = {"x0": batch.trajectory.x0[here].float(), "text": seen[0].text[here], "target": target}
+        gathered = in_order(self.bench.backend, group, own)
+        if len(gathered["target"]):
+            self.recent.push(gathered)
         if not len(self.recent):
             return None
 
         def draw(step: int) -> CriticBatch:
             seed = draw_key(visit.seed, visit.iteration, step)
-            return self._noised(self.recent.draw(seed, self.config.critic.batch), seed)
+            rows = self.recent.draw(seed, self.config.critic.batch)
+            return CriticBatch(**rows) if self.view.features else self._noised(rows, seed)
 
         return fit_together(self.critic, self.bench.backend, draw, self.config.critic.batch)
 
