@@ -84,15 +84,27 @@ def moved(network: Affine, shift: torch.Tensor) -> float:
     return mean
 
 
-def test_exponential_weights_reach_the_quadratic_tilt() -> None:
-    """T-RL2 by one orw regression: precision 1 / s^2 + 1 / (tau q), means by precision; both parts of the velocity move."""
+AC_FLOW = {
+    "objective.loss_options": {"weighting": "exponential", "temperature": 1 / 1.5, "alpha": 0.0},
+    "actor_critic.scale": "none", "actor_critic.advantage_limit": 0.0, "actor_critic.reward_limit": 0.0,
+    "critic.closed": "outcome", "critic.warmup": 999, "critic.width": 4, "critic.blocks": 1, "critic.steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "share"),
+    [("orw", {"objective.loss_options": {"temperature": 1.5}}, 1 - 1 / GROUP), ("ac_flow", AC_FLOW, 1.0)],
+    ids=["orw", "ac_flow"],
+)
+def test_exponential_weights_reach_the_quadratic_tilt(name: str, changes: dict, share: float) -> None:
+    """T-RL2 by one regression: precision 1 / s^2 + 1 / (tau q), means by precision; both parts of the velocity move.
+
+    orw sees its own reward in the group's mean, hence the share; ac_flow takes the reward as it is, without a critic.
+    """
     centre, q, tau = 1.2, 0.8, 1.5
-    network = run(
-        "orw", lambda x0: -((x0 - centre) ** 2) / (2 * q), iterations=60,
-        **{**FROZEN, "objective.loss_options": {"temperature": tau}},
-    )  # fmt: skip
+    network = run(name, lambda x0: -((x0 - centre) ** 2) / (2 * q), iterations=60, **(FROZEN | changes))
     mean, variance = drawn_moments(network)
-    added = (1 - 1 / GROUP) / (tau * q)
+    added = share / (tau * q)
     precision = 1 / variance + added
     m, s2 = (mean / variance + centre * added) / precision, 1 / precision
     t = network.times[:-1].double()
