@@ -15,6 +15,7 @@ from flowrl.performance.memory import BYTES as _BYTES
 # (channels, pixels a latent cell) of families whose latents are [C, H / f, W / f]; other models are asked once loaded.
 _LATENTS = {"sd3": (16, 8), "stable_diffusion": (4, 8)}
 _EMBEDDED = (4, 4)
+_EMBEDDED_CLIP = (4, 5, 6, 6)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def _scorers(config: Config) -> int:
 
 def _latent_shape(config: Config) -> tuple[int, ...] | None:
     model = config.model
+    if model.path == "embedded" and model.adapter == "wan":
+        return _EMBEDDED_CLIP
     known = _EMBEDDED if model.path == "embedded" else _LATENTS.get(model.adapter)
     if known is None:
         return None

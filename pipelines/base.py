@@ -28,14 +28,14 @@ def locate(path: str, embedded: str) -> str:
         return path
     if not embedded:
         raise UserError(
-            "model.path: this family ships no embedded model; give a folder or a hub id, or use the adapters sd3 or "
-            "stable_diffusion"
+            "model.path: this family ships no embedded model; give a folder or a hub id, or use the adapters sd3, "
+            "stable_diffusion or wan"
         )
     folder = Path(str(resources.files("flowrl.assets"))) / embedded
     if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"model.path: the embedded model is missing at {folder}; scripts/pretrain_embedded.py makes it, and its first "
-            "lines give the command"
+            f"model.path: the embedded model is missing at {folder}; scripts/pretrain_embedded.py makes pictures' "
+            "models and scripts/pretrain_video.py the video's, and their first lines give the command"
         )
     return str(folder)
 

@@ -61,6 +61,7 @@ class WanAdapter(DiffusersAdapter):
     """Velocity prediction on [C, F', H / f, W / f] latents of (frames - 1) / 4 + 1 = F' latent frames."""
 
     pipeline_name = "WanPipeline"
+    embedded_name = "embedded_wan"
     network_name = "transformer"
     target_groups = {  # noqa: RUF012 - typed in the base class
         "attention": _ATTENTION,

@@ -22,6 +22,7 @@ class WanImageAdapter(WanAdapter):
     """
 
     pipeline_name = "WanImageToVideoPipeline"
+    embedded_name = ""
 
     def __init__(self, pipe: Any) -> None:
         if find_spec("ftfy") is None:

@@ -30,6 +30,8 @@ from flowrl.config.schema import Config
 
 WORLDS = ("world/v1", "world/video1")
 EMBEDDED_SIZE = 36
+EMBEDDED_CLIP = (24, 24, 5)
+"""Height, width and frames of the embedded video model, adapter wan."""
 MAX_SEED = 2**63 - 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -119,7 +121,14 @@ def _model(config: Config) -> Iterator[str]:
             "model.lora.targets: is empty, so nothing would be trained; "
             "use [attention, feed_forward] or model.train=full"
         )
-    if model.path == "embedded":
+    if model.path == "embedded" and model.adapter == "wan":
+        if (model.height, model.width, model.frames) != EMBEDDED_CLIP:
+            height, width, frames = EMBEDDED_CLIP
+            yield (
+                f"model.height, model.width, model.frames: the embedded video model makes {frames} frames of {height} x "
+                f"{width}, not {model.frames} of {model.height} x {model.width}; set those"
+            )
+    elif model.path == "embedded":
         if (model.height, model.width) != (EMBEDDED_SIZE, EMBEDDED_SIZE) and min(model.height, model.width) >= 1:
             yield (
                 f"model.height, model.width: the embedded model makes pictures of {EMBEDDED_SIZE} x {EMBEDDED_SIZE}, "

@@ -21,6 +21,7 @@ EMBEDDED = (
     "demo",
     "demo_hacking",
     "demo_hacking_kl",
+    "demo_video",
     "sd15_ddpo",
     "sd15_dpok",
     "tiny_test",
