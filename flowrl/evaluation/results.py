@@ -33,7 +33,7 @@ def write_results(
         _sheet(grids, base, limit)
     else:
         save_grids(
-            grids, stills(base.images), stills(tuned.images), [row["prompt"] for row in base.rows],
+            grids, base.images, tuned.images, [row["prompt"] for row in base.rows],
             [row["score"] for row in base.rows], [row["score"] for row in tuned.rows], limit=limit,
         )  # fmt: skip
     settings = to_mapping(config)["evaluation"]

@@ -12,6 +12,7 @@ import torch
 from flowrl.pipelines.base import EMBEDDED, locate
 from flowrl.pipelines.wan import WanAdapter
 from flowrl.pipelines.wan_image import WanImageAdapter
+from PIL import Image
 
 from flowrl import api
 from flowrl.config import check, load
@@ -108,5 +109,7 @@ def test_two_iterations_of_the_recipe(tmp_path: Path) -> None:
     assert len(rows) == 2 and all(row["optimizer/grad_norm"] > 0 for row in rows)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert samples and all(row["strict"] in (True, False) for row in samples)
-    assert list((run / "pictures").glob("video-*.webp")) and list((run / "grids").glob("*.png"))
+    assert list((run / "pictures").glob("video-*.webp")) and list((run / "pictures").glob("video-*.png"))
+    moving = Image.open(run / "grids" / "video.webp")
+    assert getattr(moving, "n_frames", 1) == scenes.FRAMES and (run / "grids" / "video.png").is_file()
     assert (run / "report.html").is_file() and list((run / "export").glob("*.safetensors"))

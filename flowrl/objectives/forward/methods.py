@@ -11,6 +11,7 @@ _PAIRS = "tests/objectives/forward/test_preferences.py::"
 _EXACT = "tests/training/test_forward_exact.py::"
 _RUNS = "tests/training/test_forward.py::"
 _LINEAR = _EXACT + "test_linear_reward_moves_each_velocity_by_its_share_of_the_covariance"
+_ONE_SEED = "docs/results/forward/one_seed.json"
 
 
 def _entry(
@@ -61,7 +62,11 @@ METHODS: tuple[Method, ...] = (
         "2605.10759",
         3,
         "RAM: regression on the reference plus the advantage times what a sample adds",
-        {"exact": _LINEAR, "reconstructed": _MATCHING + "test_ram_fixed_point_is_the_tilted_velocity"},
+        {
+            "exact": _LINEAR,
+            "reconstructed": _MATCHING + "test_ram_fixed_point_is_the_tilted_velocity",
+            "learned": _ONE_SEED,
+        },
     ),
     _entry(
         "dpo",
@@ -82,6 +87,7 @@ METHODS: tuple[Method, ...] = (
         {
             "exact": _PAIRS + "test_dpo_at_the_reference_is_log_two_and_pulls_the_right_way",
             "formula": _PAIRS + "test_dpo_worked_number",
+            "learned": _ONE_SEED,
         },
     ),
     _entry(
@@ -89,7 +95,7 @@ METHODS: tuple[Method, ...] = (
         "2510.08425",
         2,
         "DGPO: the error weighed by the advantage, less where a group is ordered already",
-        {"formula": _PAIRS + "test_dgpo_by_a_plain_loop"},
+        {"formula": _PAIRS + "test_dgpo_by_a_plain_loop", "learned": _ONE_SEED},
     ),
     _entry(
         "crd",
