@@ -9,7 +9,7 @@ distinct latents before step k (B where members share nothing; a latent that chu
     reference    the update's forwards of one pass with a KL term, whatever the number of passes
     values       c n (K - 1) forwards where step values come from ODE runs of n steps, or from a process reward on them; K - 1
                  from a head on features; none from a network on latents
-    critic       n K forwards where it reads features (twice with pdppo), none where it reads latents
+    critic       B K forwards where it reads features (2 B K with pdppo, B M in ac_flow), none where it reads latents
 
 Objectives on re-noised samples (`flowrl.training.learners.forward`), with M draws of (t, noise) a sample: the rollout is B
 deterministic steps of its solver, update B M forwards and backwards a pass, old and reference B M forwards each where the

@@ -104,6 +104,11 @@ class LatentNetwork(nn.Module):
         return made
 
 
+def _places(tap: Tensor) -> Tensor:
+    """Hidden states [B, N, D], or [B, D, H, W], as float32 [B, places, D]."""
+    return tap.float().flatten(2).transpose(1, 2) if tap.ndim == 4 else tap.float()
+
+
 def summary(taps: Sequence[Tensor]) -> Tensor:
     """Mean and deviation over places of each channel of hidden states, each place normalised first: float32 [B, 2 sum D].
 
@@ -111,7 +116,7 @@ def summary(taps: Sequence[Tensor]) -> Tensor:
     """
     found = []
     for tap in taps:
-        tokens = tap.float().flatten(2).transpose(1, 2) if tap.ndim == 4 else tap.float()
+        tokens = _places(tap)
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
         found += [tokens.mean(1), tokens.std(1, correction=0)]
     return torch.cat(found, 1)
@@ -159,7 +164,7 @@ class FeatureHead(nn.Module):
         time = time_features(t)
         pooled = []
         for tap, norm, film, project in zip(taps, self.norms, self.films, self.maps, strict=True):
-            tokens = tap.float().flatten(2).transpose(1, 2) if tap.ndim == 4 else tap.float()
+            tokens = _places(tap)
             scale, shift = film(time)[:, None].chunk(2, -1)
             pooled.append(nn.functional.silu(project((1 + scale) * norm(tokens) + shift)).mean(1))
         made: Tensor = self.head(torch.cat([*pooled, text.float(), time], 1))

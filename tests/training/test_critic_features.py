@@ -13,6 +13,7 @@ from flowrl.config.dialect import ConfigError
 from flowrl.credit.networks import SummaryNetwork, summary
 from flowrl.errors import UserError
 from flowrl.plan import plan
+from flowrl.records import Request
 from flowrl.training.critic_view import View
 from flowrl.training.trainer import Trainer
 from tests.training.helpers import comparable, make, small_config, tensors
@@ -127,4 +128,4 @@ def test_what_is_refused(tiny_sd3: Path) -> None:
             check(load({"objective": {"name": "ac_flow"}, "critic": changes}))
     trainer = trainer_of(tiny_sd3, **AC_FLOW)
     with pytest.raises(UserError, match="this trainer was built without it"):
-        View(trainer.adapter, (BLOCK,), None, 4, trainer.learner.view)  # type: ignore[arg-type]
+        View(trainer.adapter, (BLOCK,), None, 4, Request("a red circle", 0, 36, 36))
