@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from flowrl import rng
 from flowrl.config.forward import Forward
-from flowrl.config.schema import Config
 from flowrl.credit.networks import noise_level, pooled_text, seeded
 from flowrl.credit.process.learned import taps_of
-from flowrl.credit.process.storage import Card, Kind, make_network, save_model
+from flowrl.credit.process.storage import Kind, make_network
 from flowrl.credit.quality import LevelQuality, linear_fit, quality
 from flowrl.credit.reward_model_losses import (
     PAIR_LOSSES,
@@ -77,34 +75,50 @@ class Samples:
     def __getitem__(self, rows: Tensor) -> Samples:
         return Samples(self.x0[rows], self.score[rows], self.group[rows], self.conditioning[rows])
 
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds them."""
+        return {
+            "x0": self.x0, "score": self.score, "group": self.group, "conditioning": dict(self.conditioning.tensors),
+        }  # fmt: skip
 
-def draw_samples(trainer: Trainer, iterations: int, write: Callable[[str], object]) -> Samples:
-    """Draw ``iterations`` batches of the config's groups by the trainer's present weights, without noise, and score them."""
-    config = trainer.config
-    collector = Collector(
-        config,
-        trainer.policy,
-        trainer.rewards,
-        trainer.rows,
-        trainer.backend,
-        Stopwatch(),
-        frozenset(),
-        transitions=False,
-    )
-    parts = []
-    for number in range(iterations):
-        drawn = draw_groups(config.seed, number, config.batch.groups, len(trainer.rows), trainer.row_weights)
-        found = collector.collect(drawn, config.batch.group_size, Visit(config.seed, number, 0))
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Samples:
+        """The samples of a `state`."""
+        return Samples(state["x0"], state["score"], state["group"], Conditioning(state["conditioning"]))
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+    """All batches' samples, in order."""
+    names = parts[0].conditioning.tensors
+    conditioning = Conditioning({name: torch.cat([p.conditioning.tensors[name] for p in parts]) for name in names})
+    x0, score, group = (torch.cat([vars(p)[name] for p in parts]) for name in ("x0", "score", "group"))
+    return Samples(x0, score, group, conditioning)
+
+
+class Drawer:
+    """Draws batch after batch of the config's groups by the trainer's present weights, without noise, and scores them.
+
+    A batch depends on its number alone: all its draws are keyed by the run's seed and that number.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        config = replace(trainer.config, credit=replace(trainer.config.credit, values="none"))  # only outcomes count
+        self.collector = Collector(
+            config, trainer.policy, trainer.rewards, trainer.rows, trainer.backend, Stopwatch(), frozenset(),
+            transitions=False,
+        )  # fmt: skip
+
+    def __call__(self, number: int) -> Samples:
+        """Batch ``number``, from 0. Groups are numbered through over batches."""
+        config, rows = self.trainer.config, self.trainer.rows
+        drawn = draw_groups(config.seed, number, config.batch.groups, len(rows), self.trainer.row_weights)
+        found = self.collector.collect(drawn, config.batch.group_size, Visit(config.seed, number, 0))
         score = torch.where(
             torch.from_numpy(found.scored.valid), torch.from_numpy(found.scored.scores).double(), torch.nan
         )
         group = found.trajectory.group_id + number * config.batch.groups
-        parts.append(Samples(found.trajectory.x0.cpu(), score, group, found.prompted.positive[found.row].to("cpu")))
-        write(f"batch {number + 1} of {iterations}: mean score {float(score.nanmean()):.4f}")
-    names = parts[0].conditioning.tensors
-    joined = Conditioning({name: torch.cat([p.conditioning.tensors[name] for p in parts]) for name in names})
-    x0, score, group = (torch.cat([vars(p)[name] for p in parts]) for name in ("x0", "score", "group"))
-    return Samples(x0, score, group, joined)
+        return Samples(found.trajectory.x0.cpu(), score, group, found.prompted.positive[found.row].to("cpu"))
 
 
 class RewardModelTrainer:
@@ -134,6 +148,8 @@ class RewardModelTrainer:
             self.network_settings = {"widths": widths, "text": text, "width": settings.width}
         with seeded(rng.key(settings.seed, 0, stream="initial")):
             self.network = make_network(settings.kind, self.network_settings).to(self.adapter.device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=settings.lr)
+        self.losses: list[float] = []
         self.training_groups, self.held_out = self._split()
 
     def _split(self) -> tuple[list[int], list[int]]:
@@ -177,24 +193,42 @@ class RewardModelTrainer:
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def fit(self, write: Callable[[str], object]) -> float:
-        """Train for all steps; returns the mean loss of the last tenth."""
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return len(self.losses)
+
+    def fit(self, write: Callable[[str], object], after: Callable[[], object] = lambda: None) -> float:
+        """Train to the last step, from wherever the state is; returns the mean loss of the last tenth.
+
+        after: called after each step; what it raises ends the training there.
+        """
         s = self.settings
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=s.lr)
         self.network.train()
-        losses: list[float] = []
-        for step in range(s.steps):
-            loss = self._loss(step)
+        while self.step < s.steps:
+            loss = self._loss(self.step)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            if (step + 1) % max(1, s.steps // 5) == 0:
-                write(f"step {step + 1} of {s.steps}: loss {losses[-1]:.4f}")
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.losses.append(float(loss.detach()))
+            if self.step % max(1, s.steps // 5) == 0:
+                write(f"step {self.step} of {s.steps}: loss {self.losses[-1]:.4f}")
+            after()
         self.network.eval()
-        last = losses[-max(1, s.steps // 10) :]
+        last = self.losses[-max(1, s.steps // 10) :]
         return sum(last) / len(last)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training goes on from. No generator is in it: each draw is keyed by seed and step."""
+        return {
+            "network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict(), "losses": self.losses,
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = list(state["losses"])
 
     def _loss(self, step: int) -> Tensor:
         s = self.settings
@@ -262,27 +296,3 @@ class RewardModelTrainer:
         heat, shift = (torch.tensor(list(v), dtype=torch.float64)[level] for v in (temperature, offset))
         value = output / heat + shift
         return quality(value, value.isfinite(), every.score, every.group, t, levels=levels, seconds=seconds)
-
-
-def train_reward_model(
-    trainer: Trainer, settings: RewardModelSettings, iterations: int, folder: Path, write: Callable[[str], object]
-) -> list[LevelQuality]:
-    """Draw samples, train, calibrate, judge, and write model.safetensors and model.json; returns the report."""
-    samples = draw_samples(trainer, iterations, write)
-    made = RewardModelTrainer(trainer, settings, samples)
-    loss = made.fit(write)
-    temperature, offset = made.calibration()
-    found = made.judge(temperature, offset)
-    config: Config = trainer.config
-    facts = {
-        "settings": asdict(settings), "loss": loss, "samples": len(samples.score), "groups": len(made.training_groups),
-        "held_out_groups": len(made.held_out), "adapter": config.model.adapter, "path": config.model.path,
-        "parameters": sum(p.numel() for p in made.network.parameters()),
-        "rewards": [{"name": e.name, "weight": e.weight} for e in config.rewards],
-    }  # fmt: skip
-    card = Card(
-        settings.kind, made.network_settings, settings.levels, temperature, offset, list(settings.features),
-        [q.as_json() for q in found], facts,
-    )  # fmt: skip
-    save_model(folder, made.network, card)
-    return found

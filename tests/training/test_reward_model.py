@@ -12,13 +12,8 @@ from flowrl.config.schema import Config
 from flowrl.credit.process import LatentReward
 from flowrl.errors import UserError
 from flowrl.records import Conditioning, Prompted
-from flowrl.training.reward_model import (
-    RewardModelSettings,
-    RewardModelTrainer,
-    Samples,
-    draw_samples,
-    train_reward_model,
-)
+from flowrl.training.reward_model import Drawer, RewardModelSettings, RewardModelTrainer, Samples
+from flowrl.training.reward_model_run import Asked, Journal, train_reward_model
 from flowrl.training.trainer import Trainer
 from tests.training.helpers import make, small_config
 from tests.training.toy import GaussianAdapter, rows, toy_config
@@ -33,11 +28,16 @@ def trainer_of() -> Trainer:
     return Trainer(config, adapter, Scores(lambda x0: 3 * x0.flatten(1).sum(1)), rows(16))
 
 
+def train(trainer: Trainer, settings: RewardModelSettings, iterations: int, folder: Path, write=str):
+    asked = Asked(config=trainer.config, settings=settings, iterations=iterations)
+    return train_reward_model(trainer, Journal(folder, asked), write)
+
+
 @pytest.mark.parametrize("loss", ["bradley_terry", "bradley_terry_ties", "thurstone", "regression"])
 def test_a_latent_network_learns_the_order_and_reports_it(tmp_path: Path, loss: str) -> None:
     """On N(m, s^2) the best order of two members at t is that of x_t: nearly sure at low noise, chance at t = 1."""
     said: list[str] = []
-    found = train_reward_model(trainer_of(), RewardModelSettings(loss=loss, **SMALL), 4, tmp_path, said.append)
+    found = train(trainer_of(), RewardModelSettings(loss=loss, **SMALL), 4, tmp_path, said.append)
     accuracy = [q.accuracy for q in found]
     assert accuracy[0] > 0.7 and accuracy[0] > accuracy[3] + 0.15  # 0.92 is the most that can be known at these times
     assert found[0].rank_correlation > 0.4 and found[0].explained > 0.5 and found[0].milliseconds > 0
@@ -52,7 +52,7 @@ def test_a_latent_network_learns_the_order_and_reports_it(tmp_path: Path, loss: 
 
 def test_training_is_repeatable_and_its_noise_keyed() -> None:
     trainer = trainer_of()
-    samples = draw_samples(trainer, 1, str)
+    samples = Drawer(trainer)(0)
     settings = RewardModelSettings(**(SMALL | {"steps": 3}))
     weights = []
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_training_is_repeatable_and_its_noise_keyed() -> None:
 def test_a_head_on_features_of_a_transformer_trains(tiny_sd3: Path, tmp_path: Path) -> None:
     trainer = make(small_config(tiny_sd3))
     settings = RewardModelSettings(kind="features", features=("transformer_blocks.0",), **(SMALL | {"steps": 2}))
-    found = train_reward_model(trainer, settings, 1, tmp_path, str)
+    found = train(trainer, settings, 1, tmp_path)
     assert len(found) == 4 and all(q.samples == 4 for q in found)
     before = [p for p in trainer.weights.parameters if p.grad is not None]
     assert before == [] and json.loads((tmp_path / "model.json").read_text())["features"] == ["transformer_blocks.0"]
