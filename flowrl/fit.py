@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowrl import cost, registry
 from flowrl.config.model import require
 from flowrl.config.schema import Config
+from flowrl.distributed.launch import world_size
 from flowrl.errors import UserError
-from flowrl.performance.memory import Memory, ModelSize, Settings, activations, memory_of
+from flowrl.performance.memory import Memory, ModelSize, Settings, Split, activations, memory_of_part
 from flowrl.protocols import ModelFamily
 from flowrl.records import PromptRow
 from flowrl.rollout.requests import request_of
@@ -34,8 +36,7 @@ def check_model(config: Config, rows: Sequence[PromptRow], held: int | None) -> 
         return
     requests = [request_of(config, row) for row in rows]
     family.check(config.model, list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative))))
-    whole = config.distributed.sharding == "none"  # of shards only the sum is known
-    size = size_of(config) if held is not None and config.model.memory_check and whole else None
+    size = size_of(config) if held is not None and config.model.memory_check else None
     if held is not None and size is not None:
         problem = shortage(config, size, held)
         if problem:
@@ -68,8 +69,8 @@ def lines(config: Config, size: ModelSize | None, latents: int | None) -> list[s
         return [
             f"memory: known once the files of {config.model.path} are on this machine; this one has not downloaded them"
         ]
-    settings = settings_of(config)
-    made = memory_of(size, settings)
+    settings, split = settings_of(config), split_of(config)
+    made = memory_of_part(size, settings, split)
     parts = ", ".join(f"{name} {_amount(held)}" for name, held in sorted(made.parts.items(), key=lambda item: -item[1]))
     rows = [
         ("weights", f"{_amount(made.weights)}  ({parts})"),
@@ -90,8 +91,26 @@ def lines(config: Config, size: ModelSize | None, latents: int | None) -> list[s
         ),
     ]
     width = max(len(name) for name, _ in rows)
-    shared = "" if config.distributed.sharding == "none" else ", before distributed.sharding divides it"
-    return [f"memory of one process{shared}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+    return [f"memory of one process{_sharing(config, split)}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
+
+
+def split_of(config: Config) -> Split:
+    """By ``distributed``, and the launcher's number of processes where it names none."""
+    if config.distributed.sharding != "fsdp2":
+        return Split()
+    return Split(world=_launched(config), gather=config.distributed.gather)
+
+
+def _launched(config: Config) -> int:
+    return config.distributed.processes or world_size(os.environ)
+
+
+def _sharing(config: Config, split: Split) -> str:
+    if config.distributed.sharding != "fsdp2":
+        return ""
+    if split.world == 1:
+        return ", undivided: distributed.processes=N says between how many fsdp2 divides it"
+    return f" of {split.world} at its fullest, distributed.gather={split.gather}"
 
 
 def _activations(made: Memory, settings: Settings) -> str:
@@ -116,19 +135,19 @@ def device_bytes(device: torch.device | None = None) -> int | None:
 
 def shortage(config: Config, size: ModelSize, held: int) -> str:
     """Say what does not fit ``held`` bytes and what would, or "" where it fits."""
-    settings = settings_of(config)
-    made, room = memory_of(size, settings), int(held * (1 - HELD_BACK))
+    settings, split = settings_of(config), split_of(config)
+    made, room = memory_of_part(size, settings, split), int(held * (1 - HELD_BACK))
     if made.total <= room:
         return ""
     beside = "; model.memory_check=false goes on all the same"
     each = activations(size, replace(settings, micro_batch=1)) or 0
-    if made.certain + each <= room:
-        fit = (room - made.certain) // each
+    fit = (room - made.certain) // each if each else 0
+    if fit > 0 and memory_of_part(size, replace(settings, micro_batch=fit), split).total <= room:
         return (
             f"batch.micro_batch: {settings.micro_batch} samples a call take about {_amount(made.total)}, and the accelerator "
             f"has {_amount(held)}; use at most {fit}{_or_checkpoint(settings)}{beside}"
         )
-    ways = _savings(config, size, settings, room)
+    ways = _savings(config, size, settings, split, room)
     return (
         f"model: the plan takes about {_amount(made.certain + each)} with one sample a call, and the accelerator has "
         f"{_amount(held)}; " + (f"use {ways}" if ways else "use a larger one, or a smaller model") + beside
@@ -139,21 +158,23 @@ def _or_checkpoint(settings: Settings) -> str:
     return "" if settings.activation_checkpointing else ", or model.activation_checkpointing=true"
 
 
-def _savings(config: Config, size: ModelSize, settings: Settings, room: int) -> str:
+def _savings(config: Config, size: ModelSize, settings: Settings, split: Split, room: int) -> str:
     """The first setting, or row of them, that makes one sample a call fit; "" where none does."""
     tried, words = replace(settings, micro_batch=1), ["batch.micro_batch=1"]
-    steps = (
-        ("model.activation_checkpointing=true", {"activation_checkpointing": True}),
-        ("model.free_text_encoders=true", {"free_text_encoders": True}),
-        ("model.train=lora", {"lora_rank": config.model.lora.rank}),
-        ("model.dtype=bf16", {"dtype": "bf16"}),
+    steps: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+        ("model.activation_checkpointing=true", {"activation_checkpointing": True}, {}),
+        ("model.free_text_encoders=true", {"free_text_encoders": True}, {}),
+        ("distributed.gather=block", {}, {"gather": "block"}),
+        ("distributed.sharding=fsdp2 distributed.gather=block", {}, {"gather": "block", "world": _launched(config)}),
+        ("model.train=lora", {"lora_rank": config.model.lora.rank}, {}),
+        ("model.dtype=bf16", {"dtype": "bf16"}, {}),
     )
-    for word, change in steps:
-        changed = replace(tried, **change)
-        if memory_of(size, changed).total >= memory_of(size, tried).total:
+    for word, change, cut in steps:
+        changed, other = replace(tried, **change), replace(split, **cut)
+        if memory_of_part(size, changed, other).total >= memory_of_part(size, tried, split).total:
             continue
-        tried = changed
+        tried, split = changed, other
         words.append(word)
-        if memory_of(size, tried).total <= room:
+        if memory_of_part(size, tried, split).total <= room:
             return " ".join(words)
     return ""

@@ -71,6 +71,11 @@ def _quiet() -> None:
     diffusers_logging.disable_progress_bar()
 
 
+def _flat(vae: torch.nn.Module) -> bool:
+    """Whether channels_last can be: not for videos, whose weights have five dimensions."""
+    return all(parameter.ndim <= 4 for parameter in vae.parameters())
+
+
 class Geometry(NamedTuple):
     """Of latents. factor: pixels a latent cell; patch: cells a token; per: frames a latent frame, 0 for pictures."""
 
@@ -132,8 +137,7 @@ class DiffusersAdapter:
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)
-        flat = all(parameter.ndim <= 4 for parameter in pipe.vae.parameters())
-        if self.device.type == "cpu" and flat:  # a third faster on two CPU cores; videos' weights have five dimensions
+        if self.device.type == "cpu" and _flat(pipe.vae):  # a third faster on two CPU cores
             pipe.vae.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -198,6 +202,16 @@ class DiffusersAdapter:
             if model.compile == "regional":
                 execution.compile_blocks(network, self.repeated_blocks or network._repeated_blocks or ())
         execution.divide_work(self.pipe.vae, model.vae_tiling, model.vae_slicing)
+
+    def bring(self, device: torch.device) -> None:
+        """Compute on ``device`` from now on, with every part there but the trained network, which follows in shards."""
+        own = {id(network) for network in self.networks}
+        for name, part in self.pipe.components.items():
+            if isinstance(part, torch.nn.Module) and id(part) not in own:
+                part.to(device)
+                if name == "vae" and device.type != "cpu" and _flat(part):
+                    part.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.device = device
 
     # -- text ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from flowrl.cli import main
 from flowrl.config import load
 from flowrl.config.schema import Config, Model
 from flowrl.errors import UserError
-from flowrl.performance.memory import ModelSize, Network, Settings, memory_of
+from flowrl.performance.memory import ModelSize, Network, Settings, Split, memory_of, memory_of_part
 from flowrl.plan import plan_text
 from tests.training.helpers import make, small_config, tensors
 
@@ -132,6 +133,51 @@ def _config(*words: str) -> Config:
 def test_an_accelerator_that_is_too_small_names_what_would_fit(words: tuple[str, ...], gib: int, says: str) -> None:
     found = fit.shortage(_config(*words), SIZE, gib * GIB)
     assert says in found and bool(says) == bool(found)
+
+
+def test_worked_numbers_of_a_part() -> None:
+    """SIZE's 20 GiB of bf16 weights in ten blocks of 2 GiB, beside 8 GiB of text encoder, on four processes."""
+    lora = Settings(lora_rank=4, dtype="bf16", ema=True, micro_batch=3)
+    whole = memory_of(SIZE, lora)
+    block = memory_of_part(SIZE, lora, Split(world=4, gather="block"))
+    assert block.parts == {"network in parts": 5 * GIB, "gathered": 4 * GIB, "other models": 8 * GIB}
+    assert replace(whole, weights=17 * GIB, parts=block.parts) == block  # LoRA and what belongs to it stay whole
+    always = memory_of_part(SIZE, lora, Split(world=4, gather="iteration"))
+    assert always.weights == 33 * GIB and always.activations == whole.activations
+    rollout = memory_of_part(SIZE, lora, Split(world=4, gather="rollout"))
+    assert (rollout.weights, rollout.gradients, rollout.activations) == (33 * GIB, 0, 0)
+    many = replace(lora, micro_batch=3000)
+    assert memory_of_part(SIZE, many, Split(world=4)) == memory_of_part(SIZE, many, Split(world=4, gather="block"))
+    assert memory_of_part(SIZE, lora, Split(world=1, gather="block")) == whole
+    full, cut = Settings(dtype="bf16", ema=True), Split(world=4, gather="block")
+    assert memory_of_part(SIZE, full, cut).parts == {
+        "network in parts": 10 * GIB, "gathered": 8 * GIB, "other models": 16 * GIB
+    }  # fmt: skip
+    part, undivided = memory_of_part(SIZE, full, cut), memory_of(SIZE, full)
+    assert (part.optimizer, part.average, part.reference) == (20 * GIB + 100, 10 * GIB, 10 * GIB)
+    assert part.gradients == undivided.gradients == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    ("words", "gib", "says"),
+    [
+        (("distributed.sharding=fsdp2", "distributed.processes=4", "distributed.gather=block"), 24, ""),
+        (("distributed.sharding=fsdp2", "distributed.processes=4", "distributed.gather=rollout"), 24,
+         "use batch.micro_batch=1 model.free_text_encoders=true distributed.gather=block; model.memory"),
+        (("distributed.processes=4",), 20, "model.activation_checkpointing=true model.free_text_encoders=true "
+         "distributed.sharding=fsdp2 distributed.gather=block; model.memory"),
+    ],
+)  # fmt: skip
+def test_parts_fit_where_the_whole_does_not(words: tuple[str, ...], gib: int, says: str) -> None:
+    found = fit.shortage(_config(*words), SIZE, gib * GIB)
+    assert says in found and bool(says) == bool(found)
+
+
+def test_a_plan_says_between_how_many_processes_it_divides() -> None:
+    words = ["distributed.sharding=fsdp2", "distributed.gather=block"]
+    text = plan_text(load("demo", [*words, "distributed.processes=4"]))
+    assert "memory of one process of 4 at its fullest, distributed.gather=block" in text and "network in parts" in text
+    assert "undivided: distributed.processes=N" in plan_text(load("demo", words))
 
 
 def test_the_micro_batch_that_is_named_fits_and_one_more_does_not() -> None:

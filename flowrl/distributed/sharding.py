@@ -79,6 +79,8 @@ class Sharded:
         self.original = type(network)
         named = dict(network.named_parameters())
         whole = {p for name, p in named.items() if LORA in name or p.ndim == 0}
+        for p in whole:
+            p.data = p.data.to(device)  # blocks follow as they are cut, one by one: none needs room for the network
         places = {p: (m, attribute) for m in network.modules() for attribute, p in m._parameters.items()}
         layers: list[Any] = [*blocks_of(network), network]
         owners: dict[nn.Parameter, int] = {}

@@ -6,7 +6,7 @@ Weights, trained parameters, gradients, optimizer and averages are exact; activa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 KEPT_PER_BLOCK = 17
@@ -111,6 +111,46 @@ def memory_of(size: ModelSize, settings: Settings) -> Memory:
         activations=activations(size, settings),
         parts=parts,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a network lies in ``world`` processes. gather: when it is whole, as ``distributed.gather`` says."""
+
+    world: int = 1
+    gather: str = "rollout"
+
+
+def memory_of_part(size: ModelSize, settings: Settings, split: Split) -> Memory:
+    """What one of ``split.world`` processes holds at its fullest, where FSDP2 cuts the network.
+
+    Weights of the networks are in parts; with full fine-tuning so are their optimizer state, average and reference.
+    Gradients stay whole until an update ends, and LoRA always. "gathered": what is whole beside the parts, two blocks (one
+    at work, the next on its way) or the network. Under ``rollout`` the rollout may be fuller than the update.
+    """
+    whole = memory_of(size, settings)
+    if split.world == 1:
+        return whole
+    lora = settings.lora_rank > 0
+    each = BYTES[settings.dtype] if lora else 4
+    network = each * sum(n.parameters for n in size.networks)
+    block = each * max((n.parameters // max(n.blocks, 1) for n in size.networks), default=0)
+    held, beside = -(-network // split.world), whole.weights - network
+
+    def divided(gathered: int) -> Memory:
+        rest = {name: getattr(whole, name) for name in ("optimizer", "average", "reference")}
+        if not lora:
+            rest = {name: -(-count // split.world) for name, count in rest.items()}
+        parts = {"network in parts": held, "gathered": gathered, "other models": beside}
+        return replace(whole, weights=sum(parts.values()), parts=parts, **rest)
+
+    if split.gather == "iteration":
+        return divided(network)
+    update = divided(min(2 * block, network))
+    if split.gather == "block":
+        return update
+    rollout = replace(divided(network), gradients=0, activations=0)
+    return max(update, rollout, key=lambda made: made.total)
 
 
 def activations(size: ModelSize, settings: Settings) -> int | None:

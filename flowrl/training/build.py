@@ -77,10 +77,13 @@ def evaluation_rewards(config: Config, training: RewardRuntime) -> RewardRuntime
     return RewardRuntime(judging(config), config.failures).for_evaluation()
 
 
-def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
-    """Load the model and make its trained part ready: LoRA beside frozen weights, or all weights in float32."""
+def load_adapter(config: Config, device: torch.device, apart: bool = False) -> PipelineAdapter:
+    """Load the model and make its trained part ready: LoRA beside frozen weights, or all weights in float32.
+
+    apart: leave the trained network in main memory, for a device that could not hold it whole.
+    """
     model = config.model
-    adapter = bare_adapter(config, device)
+    adapter = bare_adapter(config, device, apart)
     if model.train == "lora":
         adapter.add_lora(
             model.lora.rank, model.lora.alpha, model.lora.targets, rng.key(config.seed, 0, stream="initial")
@@ -93,14 +96,17 @@ def load_adapter(config: Config, device: torch.device) -> PipelineAdapter:
     return adapter  # type: ignore[no-any-return]
 
 
-def bare_adapter(config: Config, device: torch.device) -> Any:
+def bare_adapter(config: Config, device: torch.device, apart: bool = False) -> Any:
     """Load the model as it is, to run as ``model`` says; full fine-tuning keeps float32 weights whatever model.dtype says."""
     model = config.model
     require(model)
     family: Any = registry.resolve("pipeline", model.adapter)
     dtype = HALVES.get(model.dtype, torch.float32) if model.train == "lora" else torch.float32
     pinned = (model.revision,) if model.revision else ()
-    adapter = family.load(model.path, dtype, device, *pinned)
+    apart = apart and hasattr(family, "bring")
+    adapter = family.load(model.path, dtype, torch.device("cpu") if apart else device, *pinned)
+    if apart:
+        adapter.bring(device)
     if model.optioned:
         _configurable(adapter, model.adapter).configure(model)
     return adapter
@@ -123,9 +129,14 @@ def free_text_encoders(config: Config, adapter: Any, rows: Sequence[PromptRow]) 
         _configurable(inner, config.model.adapter).free_text_encoders([request_of(config, row) for row in rows], size)
 
 
+def splits(config: Config, backend: Backend) -> bool:
+    """Whether the network is to lie in parts."""
+    return config.distributed.sharding != "none" and backend.world > 1
+
+
 def shard(config: Config, adapter: PipelineAdapter, row: PromptRow, backend: Backend) -> None:
     """Split the network over the processes where ``distributed.sharding`` says so and there are several."""
-    if config.distributed.sharding == "none" or backend.world == 1:
+    if not splits(config, backend):
         return
     network, request = adapter.trainable(), request_of(config, row)
     check_models(dict(network.named_parameters()), backend)
@@ -152,7 +163,7 @@ def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Train
     networks = load_features(config.evaluation.features) if backend.leads else {}
     if config.threads:
         torch.set_num_threads(config.threads)
-    adapter = load_adapter(config, backend.device)
+    adapter = load_adapter(config, backend.device, apart=splits(config, backend))
     free_text_encoders(config, adapter, [*rows, *held_out])
     shard(config, adapter, rows[0], backend)
     if config.model.train == "lora":

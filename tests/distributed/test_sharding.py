@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from flowrl.pipelines import execution
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
+from flowrl import fit
 from flowrl.distributed.backend import Backend
+from flowrl.performance.memory import Split
 from flowrl.training.build import build
 from tests.distributed.processes import run
 from tests.distributed.toys import signs
@@ -26,6 +30,8 @@ UNEVEN: dict[str, Any] = {"batch.groups": 3, "batch.micro_batch": 3}
 """On two processes 8 samples in 3 calls, and 4 samples in 2."""
 CASES: dict[str, dict[str, Any]] = {
     "lora_rollout": BASE | KL | {"distributed.gather": "rollout"},
+    "compiled_lora_block": BASE | KL | {"distributed.gather": "block", "model.compile": "regional"},
+    "compiled_full_rollout": FULL | {"distributed.gather": "rollout", "model.compile": "regional"},
     "full_iteration": FULL | KL | {"distributed.gather": "iteration"},
     "full_block_uneven": FULL | KL | UNEVEN | {"distributed.gather": "block", "rollout.guidance": 2.0},
     "joint_block_uneven": FULL | UNEVEN | {"distributed.gather": "block", "objective.loss": "gspo", "objective.passes": 2},
@@ -47,6 +53,7 @@ class Gathers:
 
 
 def train(model: Path, case: str) -> dict[str, Any]:
+    execution.COMPILER = "aot_eager"  # needs no C++ compiler
     gathers = Gathers()
     param_group.foreach_all_gather = gathers  # type: ignore[assignment]
     try:
@@ -57,9 +64,11 @@ def train(model: Path, case: str) -> dict[str, Any]:
 
 def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
     backend = Backend()
-    trainer = build(small_config(model, **CASES[case]), backend).trainer
+    config = small_config(model, **CASES[case])
+    trainer = build(config, backend).trainer
     trainer.rewards = trainer.collector.rewards = LatentReward(signs)  # type: ignore[assignment]
     rows, counts = [], [0]
+    graphs = counters["stats"]["unique_graphs"]
     for _ in range(2):
         before = gathers.count
         rows.append(trainer.iterate())
@@ -70,7 +79,9 @@ def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
     return {
         "rows": rows, "weights": trainer.weights.state()["policy"], "average": average,
         "served": turns.served if turns else 0, "gathers": counts[1:],
+        "graphs": counters["stats"]["unique_graphs"] - graphs,
         "units": len(backend.sharded.units) if backend.sharded else 0,
+        "said": fit.memory_of_part(size, fit.settings_of(config), Split(world=2)).parts if (size := fit.size_of(config)) else {},
         "memory": backend.sharded.memory() if backend.sharded else {},
         "adam": trainer.weights.optimizer_state(trainer.optimizer)["state"][0]["exp_avg"],
     }  # fmt: skip
@@ -113,9 +124,11 @@ def test_the_reference_is_the_model_without_lora(trained: dict[int, list[dict[st
 def test_memory_and_gathers(trained: dict[int, list[dict[str, Any]]]) -> None:
     first, second = trained[2]
     for case in CASES:
+        assert (first[case]["graphs"] > 0) == case.startswith("compiled")
         memory = first[case]["memory"]
         assert first[case]["gathers"] == second[case]["gathers"]
         if "full" in CASES[case].values():
+            assert first[case]["said"]["network in parts"] == pytest.approx(memory["held"], rel=0.01)
             assert memory["held"] == pytest.approx(memory["whole"] / 2, rel=0.01)
     units = first["full_iteration"]["units"]
     # Always gathered: anew after the update, and twice around the reference, whose weights are put in and taken out.
