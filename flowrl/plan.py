@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flowrl import cost, fit, registry
 from flowrl.config.families import family_of
+from flowrl.config.rewards import declared, labels
 from flowrl.config.schema import Config
 from flowrl.cost import Count, Work
+from flowrl.errors import UserError
 from flowrl.performance.memory import BYTES as _BYTES
 
 # (channels, pixels a latent cell) of families whose latents are [C, H / f, W / f]; other models are asked once loaded.
@@ -126,8 +129,35 @@ def plan_text(config: Config, latent_shape: Sequence[int] | None = None) -> str:
     rows = _geometry(config, made)
     left = max(len(name) for name, _ in rows)
     lines = [f"{name:<{left}}  {text}" for name, text in rows]
-    memory = fit.lines(config, size, made.stored_bytes)
+    memory = [*fit.lines(config, size, made.stored_bytes), *_networks_beside(config)]
     return "\n".join([*lines, "", *_work_table(made), "", *_rest(config, made), "", *memory])
+
+
+def _networks_beside(config: Config) -> list[str]:
+    """The memory section of small networks beside the model: rewards and process rewards that tell, critics. Often empty."""
+    again = ", twice: once more for its gradient" if family_of(config.objective.name) == "direct" else ""
+    rows = []
+    for label, entry in zip(labels(config.rewards), config.rewards, strict=True):
+        says = declared(entry.name, "held_bytes")
+        if says is not None:
+            rows.append((f"reward {label}", _told(says, entry.args, again if entry.duty == "train" else "")))
+    for label, process in zip(labels(config.process), config.process, strict=True):
+        if process.name in ("latent", "features"):
+            from flowrl.credit.process.storage import held_bytes
+
+            rows.append((f"process {label}", _told(held_bytes, process.args)))
+    if config.credit.values == "critic" or config.objective.name == "ac_flow":
+        rows.append(("critic", "known once the model is loaded: memory/critic_mb of the metrics"))
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    return ["memory of networks beside the model", *lines] if lines else []
+
+
+def _told(says: Callable[..., int], args: Mapping[str, Any], further: str = "") -> str:
+    try:
+        return f"{says(**args) / 2**20:,.2f} MiB{further}"
+    except UserError as error:
+        return f"unknown: {error}"
 
 
 def _geometry(config: Config, made: Plan) -> list[tuple[str, str]]:

@@ -47,6 +47,20 @@ class LatentModel:
             )
         self.path, self.network = path, module
 
+    @staticmethod
+    def held_bytes(path: str) -> int:
+        """What one of these will take, before it is loaded (`flowrl plan`). Raises UserError where the folder holds none."""
+        from flowrl.credit.process.storage import held_bytes
+
+        return held_bytes(path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its float32 weights; beside them it holds the card, a few numbers a noise level, and nothing a call."""
+        from flowrl.credit.networks import module_bytes
+
+        return module_bytes(self.network)
+
     def value(self, x: torch.Tensor, requests: Sequence[Request], text: torch.Tensor) -> torch.Tensor:
         """x: x0 [B, C, ...], with gradient; text: pooled text [B, D]. Returns float32 [B].
 

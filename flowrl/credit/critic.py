@@ -14,7 +14,7 @@ from torch import Tensor
 from flowrl import rng
 from flowrl.config.process import Critic
 from flowrl.credit.critic_losses import bin_edges, critic_loss, critic_value, explained_variance
-from flowrl.credit.networks import LatentNetwork, SummaryNetwork, seeded
+from flowrl.credit.networks import LatentNetwork, SummaryNetwork, module_bytes, seeded
 
 PATIENCE = 3
 """Iterations in a row that a critic may be worse than ``diverged`` before it is stopped."""
@@ -186,7 +186,7 @@ class ValueCritic:
     @property
     def nbytes(self) -> int:
         """Weights, average, gradients and the optimizer's two moments."""
-        return 5 * sum(p.numel() * p.element_size() for p in self.network.parameters())
+        return 5 * module_bytes(self.network)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

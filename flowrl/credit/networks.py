@@ -49,6 +49,12 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a network's weights and buffers."""
+    held = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw initial weights from ``seed``; the global CPU generator goes on afterwards as if nothing had been drawn."""

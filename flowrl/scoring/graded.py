@@ -67,6 +67,11 @@ class GradedRewards:
     def needs_text(self) -> bool:
         return any(isinstance(reward, TextReward) for _, _, reward, _ in self._members)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that these second copies say they hold."""
+        return sum(int(getattr(reward, "nbytes", 0)) for _, _, reward, _ in self._members)
+
     def grade(
         self,
         x0: Tensor,

@@ -149,6 +149,11 @@ class RewardRuntime:
         return {member.label: member.entry.weight for member in self._members if member.entry.duty == "gold"}
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that the rewards in this process say they hold, by a property ``nbytes``; most do not say."""
+        return sum(member.executor.nbytes for member in self._members)
+
+    @property
     def needs_groups(self) -> bool:
         """Whether a batch must hold whole groups: a reward compares the members of a group, or is shaped by rank."""
         return any(

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowrl import registry
 from flowrl.config.rewards import labels
 from flowrl.config.schema import Config, Executor, RewardEntry
+from flowrl.credit.networks import module_bytes
 from flowrl.credit.process import NeedsContext, ProcessContext, ProcessMember, ProcessSet
 from flowrl.credit.process.combine import LEVELS, observed
 from flowrl.credit.process.context import Outcome
@@ -159,8 +160,13 @@ def process_memory(process: ProcessSet | None) -> dict[str, float]:
     """``memory/process_mb``: what the weights of trained process rewards take; empty where a run has none."""
     rewards = [] if process is None else [member.reward for member in process.members]
     modules = [r.network if isinstance(r, LatentReward) else r.head for r in rewards if isinstance(r, LEARNED)]
-    held = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    held = sum(module_bytes(module) for module in modules)
     return {"memory/process_mb": held / 2**20} if modules else {}
+
+
+def reward_memory(rewards: RewardRuntime) -> dict[str, float]:
+    """``memory/reward_mb``: what the rewards of this process say that they hold (``nbytes``); empty where none says it."""
+    return {"memory/reward_mb": rewards.nbytes / 2**20} if rewards.nbytes else {}
 
 
 def process_metrics(process: ProcessSet, backend: Backend) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from flowrl.training.guidance import guide_of, of_guide, process_advantage
 from flowrl.training.learners import Bench, Draw, Reference
 from flowrl.training.loss_scale import LossScale
 from flowrl.training.micro import MicroBatch
-from flowrl.training.process import build_process, process_memory
+from flowrl.training.process import build_process, process_memory, reward_memory
 from flowrl.training.weights import Weights
 
 Observer = Callable[[Collected, TrainingBatch], dict[str, Any]]
@@ -114,7 +114,8 @@ class Trainer:
         check_replicas(self.replicas(), self.backend)
         self.backend.check_shards(self.iteration)
         self.iteration += 1
-        row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory() | process_memory(self.process)
+        row |= self.counter.as_metrics() | self.clock.as_metrics() | metrics.of_memory()
+        row |= process_memory(self.process) | reward_memory(self.rewards)
         row |= {"update/skipped": self.skipped.total, "update/count": self.updates}
         row |= {} if self.scale is None else {"update/gradient_scale": self.scale.value}
         return row

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flowrl import api
 from flowrl.checkpoint import store
@@ -15,6 +16,7 @@ from flowrl.credit.networks import FeatureHead, LatentNetwork, pooled_text, seed
 from flowrl.credit.process import LatentReward
 from flowrl.credit.process.storage import Card, save_model
 from flowrl.errors import UserError
+from flowrl.plan import plan_text
 from flowrl.records import Conditioning, Prompted, Request, RewardBatch
 from flowrl.registry import resolve
 from flowrl.scoring.graded import GradedRewards
@@ -136,6 +138,32 @@ def test_a_rollout_hands_it_latents_and_text_of_the_same_rows(tiny_sd3: Path, tm
         for prompt, row in zip(batch.prompts, batch.text, strict=True):
             torch.testing.assert_close(of_prompt.setdefault(prompt, row), row)
     assert len(of_prompt) == 2 and sum(map(len, seen)) > 8
+
+
+def test_its_memory_is_stated_by_itself_the_metrics_and_the_plan(tiny_sd3: Path, tmp_path: Path) -> None:
+    """Four bytes a parameter, in each place; direct rewards hold it twice, other objectives once."""
+    rewards = for_model(tiny_sd3, tmp_path / "model")
+    reward = resolve("reward", "latent_model")(**rewards[0]["args"])
+    held = 4 * sum(p.numel() for p in reward.network.parameters())
+    assert held > 1000 and reward.nbytes == resolve("reward", "latent_model").held_bytes(**rewards[0]["args"]) == held
+    assert sum(v.nbytes for v in load_file(tmp_path / "model" / "model.safetensors").values()) == held
+    for name, twice in (("draft", True), ("flow_grpo", False)):
+        config = small_config(tiny_sd3, rewards=rewards, **{"objective.name": name})
+        row = make(config).iterate()
+        assert row["memory/reward_mb"] * 2**20 == held
+        assert row.get("memory/reward_gradient_mb", 0) * 2**20 == (held if twice else 0)
+        line = next(line for line in plan_text(config).splitlines() if "reward latent_model" in line)
+        assert line.endswith(f"{held / 2**20:.2f} MiB" + (", twice: once more for its gradient" if twice else ""))
+    process = [{"name": "latent", "args": rewards[0]["args"], "label": "mine"}]
+    given = {"process": process, "credit.values": "process", "advantage.name": "stepwise", "rollout.window.last": 0}
+    assert f"  process mine  {held / 2**20:.2f} MiB" in plan_text(small_config(tiny_sd3, **given))
+    assert "critic  known once" in plan_text(small_config(tiny_sd3, **{"objective.name": "ac_flow"}))
+    assert (
+        "beside the model" not in plan_text(small_config(tiny_sd3))
+        and "memory/reward_mb" not in make(small_config(tiny_sd3)).iterate()
+    )
+    gone = small_config(tiny_sd3, rewards=[{"name": "latent_model", "args": {"path": "nowhere"}}])
+    assert "reward latent_model  unknown: nowhere: no model.json there" in plan_text(gone)
 
 
 def test_refusals(tiny_sd3: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class GaussianAdapter:
 class LatentReward:
     """A reward runtime whose score is a function of x0; no pictures, no threads."""
 
-    needs_groups = False
+    needs_groups, nbytes = False, 0
 
     def __init__(self, function) -> None:
         self.function = function

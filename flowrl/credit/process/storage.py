@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowrl.credit.networks import FeatureHead, LatentNetwork
+from flowrl.credit.networks import FeatureHead, LatentNetwork, module_bytes
 from flowrl.errors import UserError
 
 FORMAT = "flowrl process reward 1"
@@ -76,6 +77,13 @@ def read_card(folder: Path) -> Card:
         return Card(**found)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as a process reward: {error}") from error
+
+
+def held_bytes(path: str | Path) -> int:
+    """Bytes that the trained process reward of a folder takes once it is loaded, from its card alone; errors of `read_card`."""
+    card = read_card(Path(path))
+    with torch.device("meta"):
+        return module_bytes(make_network(card.kind, card.network))
 
 
 def load_model(folder: Path) -> tuple[LatentNetwork | FeatureHead, Card]:

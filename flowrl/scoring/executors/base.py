@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from functools import partial
 from queue import Empty, Full, Queue
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from flowrl.errors import UserError
 from flowrl.records import RewardBatch, RewardResult
@@ -34,6 +34,14 @@ class Caller(Protocol):
 
     def close(self) -> None:
         """End at once what can be ended; a call under way fails."""
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A caller whose reward is in this process."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Executor:
@@ -82,6 +90,11 @@ class Executor:
     def score(self, batch: RewardBatch) -> RewardResult:
         """Submit one batch and wait for its result."""
         return self.submit(batch).result()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its rewards say they hold in this process; one elsewhere holds none here."""
+        return sum(caller.nbytes for caller in self._callers if isinstance(caller, Holding))
 
     def begin_iteration(self) -> None:
         """Start the seconds of ``settings.total_s`` anew."""

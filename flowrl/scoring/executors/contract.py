@@ -84,6 +84,11 @@ class Residence:
             self._movable = reward
             self._leave(reward)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the reward says it holds; 0 where it does not say."""
+        return int(getattr(self._reward, "nbytes", 0))
+
     def score(self, batch: RewardBatch, last: bool) -> RewardResult:
         """``score_checked``; raises CallFailed for what moving the reward raises, too."""
         if self._movable is None:

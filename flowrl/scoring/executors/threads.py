@@ -53,6 +53,10 @@ class ThreadCaller:
             raise ValueError("call open first")
         return self._run(lambda: reward.score(batch, last), seconds, "no result")
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._reward is None else self._reward.nbytes
+
     def close(self) -> None:
         self._runner.close()
 

@@ -291,6 +291,7 @@ class DirectLearner(Learner):
         }
         row["score/invalid"] = int(backend.total((~valid).sum().cpu()))
         row |= {"optimizer/lr": self.bench.rate, "update/steps": len(norms)}
+        row |= {"memory/reward_gradient_mb": self.rewards.nbytes / 2**20} if self.rewards.nbytes else {}
         if norms:
             row["optimizer/grad_norm"] = float(np.mean(norms)) if np.isfinite(norms).all() else None
         return row
