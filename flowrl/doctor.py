@@ -36,7 +36,7 @@ EXTRAS = (
         "the rewards ocr and its kin on rapidocr (ocr_tesseract uses the tesseract program instead)",
     ),
     Extra("wan", ("ftfy",), "the adapter wan_image, whose diffusers pipeline cleans prompts with it"),
-    Extra("deepspeed", ("deepspeed",), "nothing yet: this version trains without DeepSpeed"),
+    Extra("deepspeed", ("deepspeed",), "distributed.sharding=zero1, zero2, zero3; fsdp2 needs no package"),
     Extra("wandb", ("wandb",), "tracking.wandb; metrics.jsonl is always written"),
     Extra("swanlab", ("swanlab",), "tracking.swanlab; metrics.jsonl is always written"),
     Extra("trackio", ("trackio",), "tracking.trackio; metrics.jsonl is always written"),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flowrl import cost, registry
 from flowrl.config.model import require
 from flowrl.config.schema import Config
-from flowrl.distributed.launch import world_size
+from flowrl.distributed.launch import STAGES, world_size
+from flowrl.distributed.launch import require as require_deepspeed
 from flowrl.errors import UserError
 from flowrl.performance.memory import Memory, ModelSize, Settings, Split, activations, memory_of_part
 from flowrl.protocols import ModelFamily
@@ -31,12 +32,14 @@ def check_model(config: Config, rows: Sequence[PromptRow], held: int | None) -> 
     held: bytes of the accelerator, None for a CPU.
     """
     require(config.model)
+    require_deepspeed(config.distributed.sharding)
     family = registry.resolve("pipeline", config.model.adapter)
     if not isinstance(family, ModelFamily):
         return
     requests = [request_of(config, row) for row in rows]
     family.check(config.model, list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative))))
-    size = size_of(config) if held is not None and config.model.memory_check else None
+    counted = config.model.memory_check and config.distributed.sharding not in STAGES  # of those only the sum is known
+    size = size_of(config) if held is not None and counted else None
     if held is not None and size is not None:
         problem = shortage(config, size, held)
         if problem:
@@ -107,7 +110,7 @@ def _launched(config: Config) -> int:
 
 def _sharing(config: Config, split: Split) -> str:
     if config.distributed.sharding != "fsdp2":
-        return ""
+        return ", before distributed.sharding divides it" if config.distributed.sharding in STAGES else ""
     if split.world == 1:
         return ", undivided: distributed.processes=N says between how many fsdp2 divides it"
     return f" of {split.world} at its fullest, distributed.gather={split.gather}"

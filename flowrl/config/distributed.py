@@ -18,14 +18,15 @@ class Distributed:
 
     processes: how many the run must have, or it stops at once; null: as many as the launcher started. timeout_s: seconds
     that a process waits for the others before it gives up. sharding: none (each process holds a whole copy of the trained
-    network) | fsdp2 (its weights, and in full fine-tuning their optimizer state and average, lie in parts in all processes).
-    gather: how long weights stay whole once they are: block (for one call of one block: least memory) | rollout (but for
-    the update) | iteration (always; only what the optimizer holds is then in parts).
+    network) | fsdp2 (its weights, and in full fine-tuning their optimizer state and average, lie in parts in all processes) |
+    zero1, zero2, zero3 (DeepSpeed's stages: the optimizer's state in parts, gradients too, weights too). gather: how long
+    fsdp2's weights stay whole once they are: block (for one call of one block: least memory) | rollout (but for the update) |
+    iteration (always; only what the optimizer holds is then in parts).
     """
 
     processes: int | None = None
     timeout_s: float = 1800.0
-    sharding: Literal["none", "fsdp2"] = "none"
+    sharding: Literal["none", "fsdp2", "zero1", "zero2", "zero3"] = "none"
     gather: Literal["block", "rollout", "iteration"] = "rollout"
 
 
@@ -57,16 +58,28 @@ def sharding_problems(config: Config) -> Iterator[str]:
             f"distributed.sharding: {config.objective.name} differentiates whole chains of network calls, which runs with "
             "whole copies only; set none"
         )
-    if config.rollout.guidance_low is not None and distributed.gather != "iteration":
+    meets = _calls_that_meet(distributed)
+    if config.rollout.guidance_low is not None and meets:
         yield (
-            f"distributed.gather: {distributed.gather} gathers blocks in one order, and a model with two experts "
-            "(rollout.guidance_low) runs them in turn; use iteration"
+            f"{meets} the network's layers in one order in all processes, and a model with two experts "
+            "(rollout.guidance_low) runs them in turn; use zero1, or fsdp2 with distributed.gather=iteration"
         )
+    if distributed.sharding == "zero3" and model.compile != "none":
+        yield f"model.compile: {model.compile} was not tried with the hooks of DeepSpeed's stage 3; use none, or fsdp2"
     if model.train == "full":
         if model.dtype == "fp16":
             yield "distributed.sharding: fp16 scales gradients of whole weights; use model.dtype=bf16, or model.train=lora"
-        if config.tracking.pictures.enabled:
+        if config.tracking.pictures.enabled and distributed.sharding in ("fsdp2", "zero3"):
             yield (
                 "tracking.pictures.enabled: compares with the base in the first process alone, which holds a part of it "
-                "under fsdp2 with model.train=full; set false"
+                f"under {distributed.sharding} with model.train=full; set false"
             )
+
+
+def _calls_that_meet(distributed: Distributed) -> str:
+    """The setting under which processes must run, or go back through, the same layers at once; "" where they need not."""
+    if distributed.sharding == "fsdp2" and distributed.gather != "iteration":
+        return f"distributed.gather: {distributed.gather} gathers"
+    return (
+        f"distributed.sharding: {distributed.sharding} meets in" if distributed.sharding in ("zero2", "zero3") else ""
+    )

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flowrl.distributed.launch import processes_of
+from flowrl.distributed.launch import STAGES, processes_of, require
 from flowrl.errors import UserError
 
 if TYPE_CHECKING:
-    from flowrl.distributed.sharding import Gather, Sharded
+    from flowrl.distributed.sharding import Gather
+    from flowrl.distributed.split import Split, Steps
 
 BUCKET = 1 << 24
 """Elements of gradients that one collective adds up, at least, where there are more: 64 MB in float32."""
@@ -38,9 +39,10 @@ class Backend:
 
     def __init__(self, processes: int | None = None, timeout_s: float = 1800.0, sharding: str = "none") -> None:
         self.world = processes_of(os.environ, processes, sharding)
+        require(sharding)
         self.rank = self.collectives = 0
         self.timeout_s = timeout_s
-        self.sharded: Sharded | None = None
+        self.sharded: Split | None = None
         on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         if self.world == 1:
             self.device = torch.device("cpu" if on_cpu else "cuda")
@@ -50,6 +52,10 @@ class Backend:
             raise UserError(
                 f"{here} processes were started on a machine with {torch.cuda.device_count()} GPUs; start one for each GPU"
             )
+        if sharding in STAGES:
+            from flowrl.distributed.zero import prepare
+
+            prepare("cpu" if on_cpu else "cuda")
         from accelerate import PartialState
 
         state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
@@ -159,7 +165,8 @@ class Backend:
             return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         from flowrl.distributed.sharding import gradient_norm
 
-        shards, whole = ([p.grad for p in part if p.grad is not None] for part in self._sorted(parameters))
+        shards = self.sharded.gradients()
+        whole = [p.grad for p in self._sorted(parameters)[1] if p.grad is not None]
         norm = float(gradient_norm(shards, whole, self.total))
         if shards or whole:
             torch._foreach_mul_([*shards, *whole], min(1.0, limit / (norm + 1e-6)))
@@ -169,24 +176,42 @@ class Backend:
         self, parameters: Sequence[torch.nn.Parameter]
     ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """(shards, what every process has a whole copy of)."""
-        own = set() if self.sharded is None else {id(held.local) for held in self.sharded.by_name.values()}
+        own = {id(p) for p in parameters if self.sharded is not None and self.sharded.owns(p)}
         return [p for p in parameters if id(p) in own], [p for p in parameters if id(p) not in own]
 
     # -- a network in shards ---------------------------------------------------------------------------------------
 
-    def shard(self, network: torch.nn.Module, gather: Gather, example: Callable[[], Tensor]) -> None:
-        """Split a network over the processes, where there are several; see `flowrl.distributed.sharding`."""
+    def shard(
+        self, network: torch.nn.Module, sharding: str, gather: Gather, example: Callable[[], Tensor],
+        optimizer: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:  # fmt: skip
+        """Split a network over the processes, where there are several.
+
+        example: one call of it on one sample, with its output. optimizer: makes one, for those who want to own it. See
+        `flowrl.distributed.sharding` and `flowrl.distributed.zero`.
+        """
         if self.world == 1:
+            return
+        if sharding in STAGES:
+            from flowrl.distributed.zero import split
+
+            stage = STAGES.index(sharding) + 1
+            self.sharded = split(network, stage, self.device, self.timeout_s, example, optimizer)
             return
         from flowrl.distributed.sharding import Sharded, check_torch
 
         check_torch()
         self.sharded = Sharded(network, self.rank, self.world, self.device, gather, self.timeout_s, example)
 
+    def optimizer(self, make: Callable[[], Steps]) -> Steps:
+        """The optimizer of the trained weights: the split network's own, or a new one."""
+        own = None if self.sharded is None else self.sharded.optimizer
+        return make() if own is None else own
+
     @property
     def can_go_back(self) -> bool:
         """Whether a process may leave a network call halfway: not where a call is itself a meeting."""
-        return self.sharded is None or self.sharded.gathered
+        return self.sharded is None or self.sharded.can_go_back
 
     def updating(self) -> AbstractContextManager[None]:
         """The part of an iteration that changes weights."""

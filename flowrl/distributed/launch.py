@@ -1,15 +1,18 @@
-"""How many processes the launcher started, read from the environment, and whether that is what was asked for."""
+"""How many processes the launcher started, read from the environment, and whether that and what they need is there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 
 from flowrl.errors import UserError
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """What mpirun and srun say of the number of processes; a run joins them only through WORLD_SIZE."""
-ZERO = {"1": "iteration", "2": "iteration", "3": "block"}
-"""DeepSpeed's stages, and the ``distributed.gather`` under which fsdp2 splits as much or more."""
+STAGES = ("zero1", "zero2", "zero3")
+"""The values of ``distributed.sharding`` that are DeepSpeed's, in the order of its stages 1, 2 and 3."""
+DEEPSPEED = (0, 19)
+"""The oldest DeepSpeed whose parts have the names that `flowrl.distributed.zero` uses."""
 
 
 def world_size(environment: Mapping[str, str]) -> int:
@@ -47,17 +50,36 @@ def processes_of(environment: Mapping[str, str], wanted: int | None = None, shar
     return world
 
 
+def require(sharding: str) -> None:
+    """Raise UserError where ``distributed.sharding`` needs DeepSpeed and it is not installed here, or is too old."""
+    if sharding not in STAGES:
+        return
+    try:
+        found = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        found = ""
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdecimal()) < DEEPSPEED:
+        said = f"{found} is installed" if found else "which is not installed"
+        raise UserError(
+            f"distributed.sharding: {sharding} needs DeepSpeed {'.'.join(map(str, DEEPSPEED))} or newer, {said}; pip install -U "
+            "'flowrl[deepspeed]', or set fsdp2"
+        )
+
+
 def _check_sharding(environment: Mapping[str, str], sharding: str) -> None:
     """Raise UserError where accelerate launch was asked for another way of splitting the model than the config is."""
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        gather = ZERO.get(stage, "rollout")
-        raise UserError(
-            f"ACCELERATE_USE_DEEPSPEED is set: accelerate launch was asked for DeepSpeed (stage {stage or 'unknown'}), whose "
-            "engine flowrl does not drive, with or without the package (flowrl[deepspeed]). Launch with torchrun or "
-            f"configs/accelerate/fsdp2.yaml and set distributed.sharding=fsdp2 distributed.gather={gather}, which splits at "
-            "least as much"
-        )
+        if f"zero{stage}" not in STAGES:
+            raise UserError(
+                f"ACCELERATE_USE_DEEPSPEED is set: accelerate launch was asked for DeepSpeed's stage {stage or 'unknown'}; set "
+                "zero_stage to 1, 2 or 3 there, as configs/accelerate/zero1.yaml does"
+            )
+        if sharding != f"zero{stage}":
+            raise UserError(
+                f"ACCELERATE_USE_DEEPSPEED is set: accelerate launch was asked for DeepSpeed's stage {stage}, and "
+                f"distributed.sharding is {sharding}; set distributed.sharding=zero{stage}, or launch with torchrun"
+            )
     if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
@@ -68,7 +90,7 @@ def _check_sharding(environment: Mapping[str, str], sharding: str) -> None:
         if sharding != "fsdp2":
             raise UserError(
                 "ACCELERATE_USE_FSDP is set: accelerate launch was asked for FSDP, and distributed.sharding is "
-                f"{sharding}; set distributed.sharding=fsdp2, or launch with configs/accelerate/ddp.yaml"
+                f"{sharding}; set distributed.sharding=fsdp2, or launch with torchrun"
             )
 
 

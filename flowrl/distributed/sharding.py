@@ -97,6 +97,13 @@ class Sharded:
         self.gathered = False
         self._begin(facts)
 
+    optimizer: None = None  # training makes its own, of the shards
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a process may leave a network call halfway: not where a call is itself a meeting."""
+        return self.gathered
+
     def _begin(self, facts: Mapping[str, Any]) -> None:
         """Make one call, after which FSDP has settled where its shards lie, and take hold of them."""
         self.turns.serving = True
@@ -158,6 +165,8 @@ class Sharded:
         if not self.gathered:
             self.turns.meet()
 
+    pause = meet
+
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, where it is every process's turn to do so."""
         if self.gathered:
@@ -198,6 +207,14 @@ class Sharded:
         if whole.shape != held.shape:
             raise ValueError(f"{name}: {tuple(whole.shape)} where the network has {tuple(held.shape)}")
         return layout.part_of(whole, self.rank, self.world)
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether it is this process's shard of a parameter."""
+        return any(held.local is parameter for held in self.by_name.values())
+
+    def gradients(self) -> list[Tensor]:
+        """The summed gradients of this process's shards."""
+        return [held.local.grad for held in self.by_name.values() if held.local.grad is not None]
 
     def add_gradients(self) -> int:
         """Sum the gradients of the shards over processes, one collective a block; returns how many.

@@ -18,15 +18,26 @@ FORWARD, FORWARD_GRAD, BACKWARD, MEETING = range(4)
 """What a process is about to do, in the order in which it is done."""
 
 
+def plain_backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
 class Turns:
     """Announcements of this process, over a gloo group of its own. example: one network call of one sample, its output.
 
-    served: calls made for others; asked: announcements so far.
+    calls_meet: whether network calls are meetings, or backward passes alone. run: does a backward pass. served: calls made
+    for others; asked: announcements so far.
     """
 
-    def __init__(self, example: Callable[[], Tensor], timeout_s: float) -> None:
+    def __init__(
+        self,
+        example: Callable[[], Tensor],
+        timeout_s: float,
+        calls_meet: bool = True,
+        run: Callable[[Tensor], None] = plain_backward,
+    ) -> None:
         self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self.example = example
+        self.example, self.calls_meet, self.run = example, calls_meet, run
         self.pending: list[Tensor] = []
         self.serving = False
         self.served = self.asked = 0
@@ -59,10 +70,15 @@ class Turns:
     def _serve(self, turn: int) -> None:
         self.serving = True
         try:
-            if turn == BACKWARD:
+            if turn == BACKWARD and self.calls_meet:
                 self._pull(None)
                 return
             self.served += 1
+            if turn == BACKWARD:
+                with torch.enable_grad():
+                    self.pending.append(self.example())
+                self._pull(None)
+                return
             with torch.set_grad_enabled(turn == FORWARD_GRAD):
                 made = self.example()
             if turn == FORWARD_GRAD:
@@ -77,4 +93,4 @@ class Turns:
         self.pending = []
         if not terms:
             raise RuntimeError("a process asks for a backward pass without a network call before it")
-        torch.stack([term.float() for term in terms]).sum().backward()  # type: ignore[no-untyped-call]
+        self.run(torch.stack([term.float() for term in terms]).sum())

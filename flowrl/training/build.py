@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from flowrl.rollout.requests import request_of
 from flowrl.scoring.runtime import RewardRuntime
 from flowrl.training.trainer import Trainer
 from flowrl.training.update import Reference
-from flowrl.training.weights import Weights, snapshot_reference
+from flowrl.training.weights import Weights, adamw, snapshot_reference
 from flowrl.worlds.prompts import evaluation_rows, tag_weights, world_rows
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -145,7 +146,10 @@ def shard(config: Config, adapter: PipelineAdapter, row: PromptRow, backend: Bac
     given = policy.encode([request]).positive
     x = rng.normal([rng.key(config.seed, 0, stream="initial")], adapter.latent_shape(request)).to(adapter.device)
     t = schedule.t[:1].to(adapter.device)
-    backend.shard(network, config.distributed.gather, lambda: adapter.predict(x, t, given).value)
+    backend.shard(
+        network, config.distributed.sharding, config.distributed.gather, lambda: adapter.predict(x, t, given).value,
+        partial(adamw, config.optimizer),
+    )  # fmt: skip
 
 
 def build(config: Config, backend: Backend, trainer_class: type[Trainer] = Trainer) -> Parts:

@@ -32,7 +32,7 @@ from flowrl.training.learners import Bench, Draw, Reference
 from flowrl.training.loss_scale import LossScale
 from flowrl.training.micro import MicroBatch
 from flowrl.training.process import build_process, process_memory, reward_memory
-from flowrl.training.weights import Weights
+from flowrl.training.weights import Weights, adamw
 
 Observer = Callable[[Collected, TrainingBatch], dict[str, Any]]
 """Looks at a rollout with its credit before the update, on each process; what it returns joins the metrics."""
@@ -65,10 +65,7 @@ class Trainer:
         self.skipped = SkippedUpdates()
         self.weights = Weights(adapter.trainable(), config.ema.decay, config.ema.every, self.backend.sharded)
         self.scale = LossScale.around(adapter) if config.model.dtype == "fp16" else None
-        o = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.weights.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
-        )
+        self.optimizer = self.backend.optimizer(lambda: adamw(config.optimizer, self.weights.parameters))
         kernel = config.rollout.kernel
         schedule = adapter.schedule(config.rollout.steps, request_of(config, rows[0]))
         check_kernel(kernel.name, kernel.noise, schedule)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowrl.distributed.sharding import Sharded
+from flowrl.config.schema import Optimizer
+from flowrl.distributed.split import Split, Steps
 
 
 class Weights:
@@ -20,7 +21,7 @@ class Weights:
     """
 
     def __init__(
-        self, module: torch.nn.Module, decay: float = 0.0, every: int = 1, sharded: Sharded | None = None
+        self, module: torch.nn.Module, decay: float = 0.0, every: int = 1, sharded: Split | None = None
     ) -> None:
         self.sharded = sharded
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -61,7 +62,7 @@ class Weights:
     def pause(self) -> None:
         """Wait for calls of other processes that still need the values as they are."""
         if self.sharded is not None:
-            self.sharded.meet()
+            self.sharded.pause()
 
     def changed(self) -> None:
         """Say that values were written into the parameters from outside an optimizer step."""
@@ -95,7 +96,7 @@ class Weights:
             values.append(value)
         return values
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Steps) -> dict[str, Any]:
         """The optimizer's state as it would be without shards; as ``whole``, every process takes part."""
         state = optimizer.state_dict()
         return (
@@ -110,7 +111,7 @@ class Weights:
             state if self.sharded is None else self._each(state, lambda sharded, name, value: sharded.part(name, value))
         )
 
-    def _each(self, state: dict[str, Any], change: Callable[[Sharded, str, Tensor], Tensor]) -> dict[str, Any]:
+    def _each(self, state: dict[str, Any], change: Callable[[Split, str, Tensor], Tensor]) -> dict[str, Any]:
         """An optimizer's state, with every tensor that is shaped like a sharded parameter changed."""
         found = {}
         for number, values in state["state"].items():
@@ -124,7 +125,7 @@ class Weights:
             }
         return {**state, "state": found}
 
-    def _shards(self, name: str) -> Sharded | None:
+    def _shards(self, name: str) -> Split | None:
         """The split network where ``name`` lies in shards."""
         return self.sharded if self.sharded is not None and self.sharded.is_shard(name) else None
 
@@ -150,6 +151,14 @@ class Weights:
                 for tensor, value in zip(tensors, values[part], strict=True):
                     tensor.copy_(value)
         self.changed()
+
+
+def adamw(settings: Optimizer, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer of the trained weights, as ``optimizer`` in a config says."""
+    o = settings
+    return torch.optim.AdamW(
+        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
+    )  # fmt: skip
 
 
 @contextmanager

@@ -53,9 +53,13 @@ def test_the_number_of_processes(environment: Mapping[str, str], wanted: int | N
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "these 2 processes do not know of each other"),
         (TORCHRUN | FSDP, None, "distributed.sharding is none; set distributed.sharding=fsdp2"),
         (TORCHRUN | FSDP | {"FSDP_VERSION": "1"}, None, "version 1 of FSDP"),
-        (TORCHRUN | DEEPSPEED, 2, "asked for DeepSpeed .stage unknown."),
-        (TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, 2, "distributed.gather=iteration"),
-        (TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, 2, "distributed.gather=block"),
+        (TORCHRUN | DEEPSPEED, 2, "DeepSpeed's stage unknown; set zero_stage to 1, 2 or 3"),
+        (TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, 2, "DeepSpeed's stage 0; set zero_stage"),
+        (
+            TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            2,
+            "stage 2, and distributed.sharding is none",
+        ),
         ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "8"}, None, "SLURM_STEP_NUM_TASKS is 8"),
     ],
 )
@@ -69,6 +73,14 @@ def test_another_number_than_asked_for_is_an_error(
 def test_a_launcher_may_be_told_of_the_shards_too() -> None:
     assert processes_of(TORCHRUN | FSDP, 2, "fsdp2") == 2
     assert processes_of(TORCHRUN, 2, "fsdp2") == 2
+    third = TORCHRUN | DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    assert processes_of(third, 2, "zero3") == processes_of(TORCHRUN, 2, "zero3") == 2
+    with pytest.raises(
+        UserError, match=r"stage 3, and distributed\.sharding is zero1; set distributed\.sharding=zero3"
+    ):
+        processes_of(third, 2, "zero1")
+    with pytest.raises(UserError, match=r"asked for FSDP, and distributed\.sharding is zero1"):
+        processes_of(TORCHRUN | FSDP, 2, "zero1")
 
 
 def launched(*options: str) -> dict[str, str]:

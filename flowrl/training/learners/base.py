@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from flowrl.config.schema import Config
 from flowrl.data.sampler import Drawn
 from flowrl.distributed.backend import Backend
+from flowrl.distributed.split import Steps
 from flowrl.performance.counting import CallCounter
 from flowrl.performance.timers import Stopwatch
 from flowrl.protocols import PipelineAdapter
@@ -41,7 +41,7 @@ class Bench:
     rewards: RewardRuntime
     rows: Sequence[PromptRow]
     weights: Weights
-    optimizer: torch.optim.Optimizer
+    optimizer: Steps
     reference: Reference | None
     backend: Backend
     clock: Stopwatch
