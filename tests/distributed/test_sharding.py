@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowrl.distributed.backend import Backend
 from flowrl.performance.memory import Split
 from flowrl.training.build import build
 from tests.distributed.processes import run
-from tests.distributed.toys import signs
+from tests.distributed.toys import signs, together
 from tests.training.helpers import small_config
 from tests.training.toy import LatentReward
 
@@ -31,7 +32,6 @@ UNEVEN: dict[str, Any] = {"batch.groups": 3, "batch.micro_batch": 3}
 CASES: dict[str, dict[str, Any]] = {
     "lora_rollout": BASE | KL | {"distributed.gather": "rollout"},
     "compiled_lora_block": BASE | KL | {"distributed.gather": "block", "model.compile": "regional"},
-    "compiled_full_rollout": FULL | {"distributed.gather": "rollout", "model.compile": "regional"},
     "full_iteration": FULL | KL | {"distributed.gather": "iteration"},
     "full_block_uneven": FULL | KL | UNEVEN | {"distributed.gather": "block", "rollout.guidance": 2.0},
     "joint_block_uneven": FULL | UNEVEN | {"distributed.gather": "block", "objective.loss": "gspo", "objective.passes": 2},
@@ -39,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
         "distributed.gather": "rollout", "objective.name": "nft", "rollout.window.kind": "full", "rollout.window.last": 0,
     },
 }  # fmt: skip
+FOUR: dict[str, dict[str, Any]] = {
+    "four_lora_block": BASE | KL | {"distributed.gather": "block", "batch.groups": 4},
+    "four_full_rollout": FULL | {"distributed.gather": "rollout", "batch.groups": 4},
+}  # fmt: skip
+"""On 1 and 4 processes."""
 
 
 class Gathers:
@@ -64,10 +69,11 @@ def train(model: Path, case: str) -> dict[str, Any]:
 
 def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
     backend = Backend()
-    config = small_config(model, **CASES[case])
+    config = small_config(model, **(CASES | FOUR)[case])
     trainer = build(config, backend).trainer
     trainer.rewards = trainer.collector.rewards = LatentReward(signs)  # type: ignore[assignment]
-    rows, counts = [], [0]
+    rows, counts, drawn = [], [0], []
+    trainer.observer = lambda collected, batch: drawn.append(look(collected, batch)) or {}
     graphs = counters["stats"]["unique_graphs"]
     for _ in range(2):
         before = gathers.count
@@ -77,7 +83,7 @@ def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
     with trainer.weights.averaged():
         average = {name: value.clone() for name, value in trainer.weights.whole(trainer.weights.parameters).items()}
     return {
-        "rows": rows, "weights": trainer.weights.state()["policy"], "average": average,
+        "rows": rows, "batches": drawn, "weights": trainer.weights.state()["policy"], "average": average,
         "served": turns.served if turns else 0, "gathers": counts[1:],
         "graphs": counters["stats"]["unique_graphs"] - graphs,
         "units": len(backend.sharded.units) if backend.sharded else 0,
@@ -87,18 +93,34 @@ def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def look(collected: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """What was drawn for this process, and how good it was found; no windows where methods take finished samples."""
+    t = collected.trajectory
+    found = {
+        "group": t.group_id, "member": t.member, "prompt": t.prompt_id, "occurrence": t.occurrence, "x": t.x,
+        "window": t.trained_mask, "advantage": batch.advantage,
+    }  # fmt: skip
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 def train_all(model: Path, cases: list[str]) -> dict[str, Any]:
     return {case: train(model, case) for case in cases}
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_sd3: Path) -> dict[int, list[dict[str, Any]]]:
-    return {world: run(world, train_all, tiny_sd3, list(CASES)) for world in (1, 2)}
+    cases = {1: [*CASES, *FOUR], 2: [*CASES], 4: [*FOUR]}
+    return {world: run(world, train_all, tiny_sd3, names) for world, names in cases.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_with_shards_agree_with_one(case: str, trained: dict[int, list[dict[str, Any]]]) -> None:
-    alone, (first, second) = trained[1][0][case], (part[case] for part in trained[2])
+@pytest.mark.parametrize(("case", "world"), [*((case, 2) for case in CASES), *((case, 4) for case in FOUR)])
+def test_processes_with_shards_agree_with_one(case: str, world: int, trained: dict[int, list[dict[str, Any]]]) -> None:
+    alone, first, *rest = trained[1][0][case], *(part[case] for part in trained[world])
+    wanted, found = together([alone], 0), together([first, *rest], 0)
+    assert {"group", "member", "prompt", "occurrence", "advantage"} <= set(wanted)
+    for name, tensor in wanted.items():
+        same = torch.allclose(tensor, found[name], atol=1e-5) if name == "x" else torch.equal(tensor, found[name])
+        assert same, name
     for a, b in zip(alone["rows"], first["rows"], strict=True):
         assert a["update/count"] == b["update/count"] > 0
         for name in ("policy/loss", "optimizer/grad_norm", "policy/kl", "score/mean"):
@@ -111,12 +133,12 @@ def test_two_processes_with_shards_agree_with_one(case: str, trained: dict[int, 
     # Elements near zero are sums that cancel, whose rounding depends on their order.
     assert torch.allclose(alone["adam"], first["adam"], rtol=1e-3, atol=1e-3 * float(alone["adam"].abs().max()))
     if case.startswith("full"):
-        assert all(len(tensor) == 0 for tensor in second["weights"].values() if tensor.ndim)
+        assert all(len(tensor) == 0 for tensor in rest[0]["weights"].values() if tensor.ndim)
 
 
 def test_the_reference_is_the_model_without_lora(trained: dict[int, list[dict[str, Any]]]) -> None:
-    for part in trained[2]:
-        first, second = part["lora_rollout"]["rows"]
+    for part, case in itertools.product(trained[2], ("lora_rollout", "compiled_lora_block")):
+        first, second = part[case]["rows"]
         assert first["policy/kl"] == 0 and second["policy/kl"] > 0
         assert first["optimizer/grad_norm"] > 0
 
