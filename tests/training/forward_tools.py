@@ -45,9 +45,12 @@ def write_pairs(folder: Path, count: int) -> Path:
     return file
 
 
-def toy_trainer(name: str, reward, steps: int = 8, **changes: Any) -> tuple[Trainer, Affine]:
-    """The real trainer on N(0.4, 0.8^2) with the exact velocity plus a learned shift and tilt a step, scalar latents."""
-    network = Affine(torch.linspace(1, 0, steps + 1), 0.4, 0.8)
+def toy_trainer(
+    name: str, reward, steps: int = 8, network: Affine | None = None, **changes: Any
+) -> tuple[Trainer, Affine]:
+    """The real trainer on scalar latents; network: None for N(0.4, 0.8^2), the exact velocity plus a learned shift and tilt a
+    step."""
+    network = network or Affine(torch.linspace(1, 0, steps + 1), 0.4, 0.8)
     base = PLAIN | {
         "rollout.steps": steps, "objective.name": name, "forward.times": "grid", "forward.draws": steps,
         "batch.groups": 2, "batch.group_size": 64, "batch.micro_batch": 128, "optimizer.lr": 0.05,
