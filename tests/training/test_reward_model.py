@@ -80,3 +80,10 @@ def test_a_head_on_features_of_a_transformer_trains(tiny_sd3: Path, tmp_path: Pa
     )
     with pytest.raises(UserError, match="features: name the modules"):
         RewardModelTrainer(trainer, RewardModelSettings(kind="features"), samples)
+
+
+def test_a_recipe_that_values_states_draws_the_same_finished_samples(tiny_sd3: Path) -> None:
+    """As when a process reward is trained anew by a run that uses one: only outcomes are wanted of it here."""
+    plain = Drawer(make(small_config(tiny_sd3)))(0)
+    valued = Drawer(make(small_config(tiny_sd3, **{"credit.values": "x0", "advantage.name": "stepwise"})))(0)
+    assert torch.equal(plain.x0, valued.x0) and torch.equal(plain.score, valued.score)
