@@ -51,6 +51,28 @@ def test_adjoint_matching_reaches_the_linear_tilt() -> None:
         adjoint *= steps[k][0]
     assert seen[-1]["policy/kl"] == pytest.approx(64 * b**2 * spread / (2 * temperature**2), rel=0.05)
     assert seen[-1]["score/mean"] > seen[0]["score/mean"]
+    # Adjoints of an affine chain and a linear reward are constants, so the regression can be done to the end.
+    assert seen[0]["direct/control_error"] == pytest.approx(1) and seen[-1]["direct/control_error"] < 1e-3
+    asked, adjoint = 0.0, b / temperature
+    for k in range(7, 0, -1):
+        adjoint *= steps[k][0]  # of the state before step k, which step k - 1 is trained on
+        asked += (steps[k - 1][2] * adjoint) ** 2 / 7
+    assert seen[0]["direct/control_asked"] == pytest.approx(asked, rel=1e-3)
+
+
+@pytest.mark.parametrize(("end", "warned"), [(2e-4, True), (0.125, False)])
+def test_a_step_that_draws_hardly_any_noise_is_named(
+    end: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A grid whose last time but one is close to 0, as stock schedulers end: memoryless noise cannot stay in such a sample."""
+    times = torch.cat([torch.linspace(1, 0.2, 5), torch.tensor([end, 0.0])])
+    trainer = make_trainer(Affine(times, 0.4, 0.8), "Linear", {"b": 1.0}, **{
+        "objective.name": "adjoint_matching", "iterations": 2, "batch.group_size": 2, "batch.micro_batch": 2,
+    })  # fmt: skip
+    for _ in range(2):
+        trainer.iterate()
+    found = [r.message for r in caplog.records if "draws noise of std" in r.message]
+    assert len(found) == warned and all("step 4" in message and "flow_sde" in message for message in found)
 
 
 @pytest.mark.parametrize("name", ["adjoint_matching", "ctrl"])

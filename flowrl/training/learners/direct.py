@@ -7,8 +7,8 @@ masked before anything reaches the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,12 +50,14 @@ class Chunk:
 @dataclass(frozen=True)
 class Seen:
     """What one chunk did. penalty: [N], nats or whatever the penalty measures, added up over steps, with its weight;
-    pretrain: [N], refl's denoising error on the pre-trained model's samples, without its weight.
+    pretrain: [N], refl's denoising error on the pre-trained model's samples, without its weight. extra: [N] each, of
+    which the mean is recorded under its name.
     """
 
     graded: Graded
     penalty: Tensor
     pretrain: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DirectLearner(Learner):
@@ -282,6 +284,7 @@ class DirectLearner(Learner):
             columns["policy/kl"] = torch.cat([s.penalty for s in seen])
         if self.settings.pretrain_weight:
             columns["direct/pretrain_loss"] = torch.cat([s.pretrain for s in seen if s.pretrain is not None])
+        columns |= {name: torch.cat([s.extra[name] for s in seen]) for name in seen[0].extra}
         columns["direct/gradient_norm"] = graded.gradient.flatten(1).norm(dim=1)
         sums = torch.stack([torch.where(valid, v.double(), 0.0).sum().cpu() for v in columns.values()])
         count = int(backend.total(valid.sum().cpu()))
