@@ -172,7 +172,8 @@ GUIDANCE = (
         paper="2602.04928",
         title="guidance that moves the velocity too: exact where the reward is the value of the outcome",
         evidence={
-            "exact": _GUIDED + "test_exact_tilt_reaches_the_tilted_mean_and_langevin_falls_short",
+            "exact": "tests/training/test_general_tilt.py::"
+            "test_exact_tilt_guidance_by_the_value_reaches_the_tilted_law",
             "formula": _GUIDE + "test_slope_and_shift_agree_for_exact_tilt",
             "reconstructed": _GUIDE + "test_exact_tilt_of_a_quadratic_reward_reaches_its_gaussian",
         },
