@@ -138,6 +138,21 @@ install_project() {
   say "flowrl installed ($((SECONDS - start)) s)"
 }
 
+# Without its compiled parts, which CPU processes do not need; its setup wants the torch that is here, and its dependencies
+# are named one by one so that nothing replaces that. A machine that cannot get it skips the tests of it.
+install_deepspeed() {
+  local start=$SECONDS before after
+  before="$(torch_version)"
+  if pip_install -c "$pins" setuptools wheel einops hjson msgpack ninja packaging psutil py-cpuinfo pydantic &&
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip_install -c "$pins" --no-build-isolation --no-deps deepspeed; then
+    say "DeepSpeed installed ($((SECONDS - start)) s)"
+  else
+    say "DeepSpeed was not installed (see $log): distributed.sharding=zero1, zero2 and zero3 are off, and their tests skipped"
+  fi
+  after="$(torch_version)"
+  [[ $before == "$after" ]] || fail "torch $before was replaced by $after while DeepSpeed was installed; see $log"
+}
+
 torch_version() { "$python" -I -c 'import importlib.metadata as m; print(m.version("torch"))'; }
 
 make_venv() {
@@ -181,6 +196,7 @@ rm -f "$ready"
 : >"$log"
 install_torch
 install_project
+install_deepspeed
 "$python" -I -c 'import torch, flowrl' || fail "the environment was made but does not import torch and flowrl; see above and $log"
 fingerprint >"$ready"
 say "ready in $((SECONDS - total)) s: torch $(torch_version), $accelerator"

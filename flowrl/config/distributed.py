@@ -66,14 +66,30 @@ def sharding_problems(config: Config) -> Iterator[str]:
         )
     if distributed.sharding == "zero3" and model.compile != "none":
         yield f"model.compile: {model.compile} was not tried with the hooks of DeepSpeed's stage 3; use none, or fsdp2"
-    if model.train == "full":
-        if model.dtype == "fp16":
-            yield "distributed.sharding: fp16 scales gradients of whole weights; use model.dtype=bf16, or model.train=lora"
-        if config.tracking.pictures.enabled and distributed.sharding in ("fsdp2", "zero3"):
-            yield (
-                "tracking.pictures.enabled: compares with the base in the first process alone, which holds a part of it "
-                f"under {distributed.sharding} with model.train=full; set false"
-            )
+    if distributed.sharding == "zero3" and model.train == "lora":
+        yield (
+            "distributed.sharding: zero3 gathers frozen layers at other times in a process that has fewer calls to make, so "
+            "model.train=lora could wait for ever; use fsdp2 with distributed.gather=block, which splits them, or zero2"
+        )
+    if model.train == "full" and model.dtype == "fp16":
+        yield "distributed.sharding: fp16 scales gradients of whole weights; use model.dtype=bf16, or model.train=lora"
+    yield from _pictures_problems(config)
+
+
+def _pictures_problems(config: Config) -> Iterator[str]:
+    """What is wrong with pictures of the training, for which the first process alone calls the reference."""
+    if not config.tracking.pictures.enabled:
+        return
+    if config.distributed.sharding == "fsdp2" and config.model.train == "full":
+        yield (
+            "tracking.pictures.enabled: compares with the base in the first process alone, which holds a part of it "
+            "under fsdp2 with model.train=full; set false"
+        )
+    if config.distributed.sharding == "zero3":
+        yield (
+            "tracking.pictures.enabled: compares with the base in the first process alone, which zero3 cannot do; set "
+            "false, or use fsdp2, zero1 or zero2"
+        )
 
 
 def _calls_that_meet(distributed: Distributed) -> str:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flowrl.distributed.sharding import LORA
 from flowrl.distributed.turns import Turns, plain_backward
 from flowrl.errors import UserError
 
@@ -59,9 +58,8 @@ def split(
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     # The earlier stages need the trained parameters alone: no hook on a call, no broadcast of frozen weights.
     model = network if stage == 3 else nn.ParameterList(trained.values())
-    limit = max(p.numel() if LORA in name else 0 for name, p in trained.items())
     engine = deepspeed.initialize(
-        model=model, optimizer=optimizer(list(trained.values())), config=settings(stage, limit)
+        model=model, optimizer=optimizer(list(trained.values())), config=settings(stage)
     )[0]  # fmt: skip
     if stage == 3:
         from flowrl.distributed.zero_parts import Parts
@@ -72,18 +70,15 @@ def split(
     return Flat(engine, trained, stage, timeout_s, example)
 
 
-def settings(stage: int, whole: int = 0) -> dict[str, Any]:
-    """DeepSpeed's config: it is to reduce gradients as they come, and to leave scaling and clipping alone.
-
-    whole: parameters of at most so many elements stay whole in every process at stage 3.
-    """
+def settings(stage: int) -> dict[str, Any]:
+    """DeepSpeed's config: it is to reduce gradients as they come, and to leave scaling and clipping alone."""
     return {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET,
             # Stage 1 needs no buffer for gradients on their way: they are reduced where they are, once an update.
-            "contiguous_gradients": stage > 1, "stage3_param_persistence_threshold": whole,
+            "contiguous_gradients": stage > 1, "stage3_param_persistence_threshold": 0,  # none stays whole
         },
     }  # fmt: skip
 

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowrl.distributed.checksums import ReplicaMismatch, checksum
 from flowrl.distributed.zero import Zero
 
 
 class Parts(Zero):
     """Every parameter, laid out flat, is cut into as many equal parts as there are processes, the last one padded.
 
-    DeepSpeed keeps small ones whole beside that; LoRA's are, so that a process may call the network without them. A call is a
-    meeting, as with ``distributed.gather=block``.
+    A call is a meeting, as with ``distributed.gather=block``. For full weights alone: where some are frozen, layers are gathered
+    anew at other times in a process that makes calls for others than in those, and they wait for each other for ever.
     """
 
     can_go_back = False
@@ -39,7 +38,14 @@ class Parts(Zero):
         network.register_forward_pre_hook(self._before_call, prepend=True)
 
     def _before_call(self, module: nn.Module, inputs: Any) -> None:
+        """Take the turn of a call, and have DeepSpeed forget in which order layers ran before.
+
+        By that order it would gather ahead, which goes wrong where calls with and without gradient take turns.
+        """
         self.turns.before_call()
+        coordinator = self.owner.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This process's parts by name, which share DeepSpeed's memory."""
@@ -85,28 +91,11 @@ class Parts(Zero):
         self.turns.meet()
 
     def changed(self) -> None:
-        """Values were written into the parts: take them over into the optimizer's copy, and gather what is kept whole."""
+        """Values were written into the parts: take them over into the copy that the optimizer steps."""
         self.owner.refresh_fp32_params()
-        kept = self.owner.persistent_parameters
-        if kept:
-            kept[0].partition(param_list=kept, has_been_updated=False)
-            kept[0].all_gather(kept)
 
     def check(self) -> None:
-        """Compare what is kept whole over all processes. Raises ReplicaMismatch."""
-        self.turns.meet()
-        kept = self.owner.persistent_parameters
-        if not kept:
-            return
-        own = torch.stack([checksum(p.data) for p in kept])
-        found = [torch.empty_like(own) for _ in range(self.world)]
-        torch.distributed.all_gather(found, own)
-        wrong = (torch.stack(found) != found[0]).nonzero().tolist()
-        if wrong:
-            raise ReplicaMismatch(
-                f"process {wrong[0][0]} of {self.world} computes with other values of parameter {wrong[0][1]} than process 0, "
-                "though both were gathered from the same parts; go on from the last checkpoint"
-            )
+        """Nothing stays gathered, so there are no copies to compare."""
 
     @contextmanager
     def exporting(self, lead: bool) -> Iterator[None]:
