@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flowrl import cost, registry
 from flowrl.config.model import require
 from flowrl.config.schema import Config
-from flowrl.distributed.launch import STAGES, world_size
 from flowrl.distributed.launch import require as require_deepspeed
+from flowrl.distributed.launch import world_size
 from flowrl.errors import UserError
 from flowrl.performance.memory import Memory, ModelSize, Settings, Split, activations, memory_of_part
 from flowrl.protocols import ModelFamily
@@ -38,8 +38,7 @@ def check_model(config: Config, rows: Sequence[PromptRow], held: int | None) -> 
         return
     requests = [request_of(config, row) for row in rows]
     family.check(config.model, list(dict.fromkeys(text for r in requests for text in (r.prompt, r.negative))))
-    counted = config.model.memory_check and config.distributed.sharding not in STAGES  # of those only the sum is known
-    size = size_of(config) if held is not None and counted else None
+    size = size_of(config) if held is not None and config.model.memory_check else None
     if held is not None and size is not None:
         problem = shortage(config, size, held)
         if problem:
@@ -99,9 +98,10 @@ def lines(config: Config, size: ModelSize | None, latents: int | None) -> list[s
 
 def split_of(config: Config) -> Split:
     """By ``distributed``, and the launcher's number of processes where it names none."""
-    if config.distributed.sharding != "fsdp2":
-        return Split()
-    return Split(world=_launched(config), gather=config.distributed.gather)
+    how = config.distributed
+    return (
+        Split() if how.sharding == "none" else Split(world=_launched(config), gather=how.gather, sharding=how.sharding)
+    )
 
 
 def _launched(config: Config) -> int:
@@ -109,11 +109,13 @@ def _launched(config: Config) -> int:
 
 
 def _sharing(config: Config, split: Split) -> str:
-    if config.distributed.sharding != "fsdp2":
-        return ", before distributed.sharding divides it" if config.distributed.sharding in STAGES else ""
+    sharding = config.distributed.sharding
+    if sharding == "none":
+        return ""
     if split.world == 1:
-        return ", undivided: distributed.processes=N says between how many fsdp2 divides it"
-    return f" of {split.world} at its fullest, distributed.gather={split.gather}"
+        return f", undivided: distributed.processes=N says between how many {sharding} divides it"
+    how = f"distributed.gather={split.gather}" if sharding == "fsdp2" else f"distributed.sharding={sharding}"
+    return f" of {split.world} at its fullest, {how}"
 
 
 def _activations(made: Memory, settings: Settings) -> str:
@@ -168,7 +170,11 @@ def _savings(config: Config, size: ModelSize, settings: Settings, split: Split, 
         ("model.activation_checkpointing=true", {"activation_checkpointing": True}, {}),
         ("model.free_text_encoders=true", {"free_text_encoders": True}, {}),
         ("distributed.gather=block", {}, {"gather": "block"}),
-        ("distributed.sharding=fsdp2 distributed.gather=block", {}, {"gather": "block", "world": _launched(config)}),
+        (
+            "distributed.sharding=fsdp2 distributed.gather=block",
+            {},
+            {"sharding": "fsdp2", "gather": "block", "world": _launched(config)},
+        ),
         ("model.train=lora", {"lora_rank": config.model.lora.rank}, {}),
         ("model.dtype=bf16", {"dtype": "bf16"}, {}),
     )

@@ -158,9 +158,25 @@ def test_worked_numbers_of_a_part() -> None:
     assert part.gradients == undivided.gradients == 40 * GIB
 
 
+def test_worked_numbers_of_deepspeed() -> None:
+    """On four processes: 10 GiB numbers trained, Adam's 80 GiB and a float32 copy of the part beside it."""
+    full, lora = Settings(dtype="bf16", ema=True), Settings(lora_rank=4, dtype="bf16", ema=True)
+    undivided, one, two, three = memory_of(SIZE, full), *(
+        memory_of_part(SIZE, full, Split(world=4, sharding=f"zero{stage}")) for stage in (1, 2, 3)
+    )  # fmt: skip
+    assert one == replace(undivided, optimizer=(80 * GIB + 400) // 4 + 10 * GIB)
+    assert two == replace(one, gradients=10 * GIB)
+    assert three.parts == {"network in parts": 10 * GIB, "gathered": 4 * GIB, "other models": 16 * GIB}
+    assert (three.average, three.reference, three.gradients) == (10 * GIB, 10 * GIB, 10 * GIB)
+    # Where LoRA alone is trained, the network that was loaded whole is the most that is ever held.
+    loaded = memory_of_part(SIZE, lora, Split(world=4, sharding="zero3"))
+    assert (loaded.weights, loaded.optimizer, loaded.activations) == (28 * GIB, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("words", "gib", "says"),
     [
+        (("distributed.sharding=zero3", "distributed.processes=4", "model.train=full"), 128, ""),
         (("distributed.sharding=fsdp2", "distributed.processes=4", "distributed.gather=block"), 24, ""),
         (("distributed.sharding=fsdp2", "distributed.processes=4", "distributed.gather=rollout"), 24,
          "use batch.micro_batch=1 model.free_text_encoders=true distributed.gather=block; model.memory"),
@@ -177,6 +193,8 @@ def test_a_plan_says_between_how_many_processes_it_divides() -> None:
     words = ["distributed.sharding=fsdp2", "distributed.gather=block"]
     text = plan_text(load("demo", [*words, "distributed.processes=4"]))
     assert "memory of one process of 4 at its fullest, distributed.gather=block" in text and "network in parts" in text
+    zero = plan_text(load("demo", ["distributed.sharding=zero2", "distributed.processes=4"]))
+    assert "memory of one process of 4 at its fullest, distributed.sharding=zero2" in zero
     assert "undivided: distributed.processes=N" in plan_text(load("demo", words))
 
 

@@ -115,22 +115,25 @@ def memory_of(size: ModelSize, settings: Settings) -> Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How a network lies in ``world`` processes. gather: when it is whole, as ``distributed.gather`` says."""
+    """How a network lies in ``world`` processes: ``distributed.sharding`` and ``distributed.gather``, which fsdp2 alone reads."""
 
     world: int = 1
     gather: str = "rollout"
+    sharding: str = "fsdp2"
 
 
 def memory_of_part(size: ModelSize, settings: Settings, split: Split) -> Memory:
-    """What one of ``split.world`` processes holds at its fullest, where FSDP2 cuts the network.
+    """What one of ``split.world`` processes holds at its fullest, buffers of collectives aside.
 
-    Weights of the networks are in parts; with full fine-tuning so are their optimizer state, average and reference.
+    fsdp2: weights of the networks are in parts; with full fine-tuning so are their optimizer state, average and reference.
     Gradients stay whole until an update ends, and LoRA always. "gathered": what is whole beside the parts, two blocks (one
     at work, the next on its way) or the network. Under ``rollout`` the rollout may be fuller than the update.
     """
     whole = memory_of(size, settings)
     if split.world == 1:
         return whole
+    if split.sharding != "fsdp2":
+        return _by_zero(size, settings, split)
     lora = settings.lora_rank > 0
     each = BYTES[settings.dtype] if lora else 4
     network = each * sum(n.parameters for n in size.networks)
@@ -151,6 +154,32 @@ def memory_of_part(size: ModelSize, settings: Settings, split: Split) -> Memory:
         return update
     rollout = replace(divided(network), gradients=0, activations=0)
     return max(update, rollout, key=lambda made: made.total)
+
+
+def _by_zero(size: ModelSize, settings: Settings, split: Split) -> Memory:
+    """As `memory_of_part` by DeepSpeed: zero1 cuts what Adam holds, zero2 gradients too, zero3 all but LoRA.
+
+    Its optimizer steps a float32 copy of the part of the weights. zero3 cuts a network that was loaded whole.
+    """
+    whole, stage = memory_of(size, settings), int(split.sharding.removeprefix("zero"))
+
+    def cut(count: int) -> int:
+        return -(-count // split.world)
+
+    made = replace(whole, optimizer=cut(whole.optimizer) + cut(whole.gradients))
+    if stage > 1:
+        made = replace(made, gradients=cut(whole.gradients))
+    if stage < 3:
+        return made
+    each = BYTES[settings.dtype] if settings.lora_rank else 4
+    network = each * sum(n.parameters for n in size.networks)
+    block = each * max((n.parameters // max(n.blocks, 1) for n in size.networks), default=0)
+    parts = {"network in parts": cut(network), "gathered": block, "other models": whole.weights - network}
+    made = replace(
+        made, weights=sum(parts.values()), parts=parts, average=cut(whole.average), reference=cut(whole.reference)
+    )
+    loading = replace(whole, gradients=0, optimizer=0, average=0, reference=0, activations=0)
+    return max(made, loading, key=lambda held: held.total)
 
 
 def activations(size: ModelSize, settings: Settings) -> int | None:
