@@ -112,13 +112,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(tiny_sd3: Path, root: Path) -> dict[Any, Any]:
     """What one process without shards does, by case."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'flowrl[deepspeed]'")
     return run(1, follow_all, tiny_sd3, root, [("none", case) for case in CASES])[0]
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_sd3: Path, root: Path, alone: dict[Any, Any]) -> list[dict[Any, Any]]:
     """What each of two processes did, by stage and case."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'flowrl[deepspeed]'")
     return run(2, follow_all, tiny_sd3, root, RUNS + MORE)
 
 
