@@ -159,6 +159,26 @@ def test_a_checkpoint_of_one_process_without_deepspeed_is_taken(
     agree(alone["none", "full_uneven"]["after"], trained[0][sharding, "full_uneven"]["crossed"])
 
 
+def go_on(model: Path, root: Path, sharding: str) -> dict[str, Any]:
+    """From each stage's checkpoint, one iteration under ``sharding``."""
+    found = {}
+    for stage in STAGES:
+        one = open_run(model, root / stage / "full_uneven", "full_uneven", sharding)
+        one.restore(store.load(root / stage / "full_uneven" / "checkpoints"))
+        one.trainer.iterate()
+        found[stage] = deepcopy(one.trainer.state())
+    return found
+
+
+@pytest.mark.parametrize(("sharding", "world"), [("none", 1), ("fsdp2", 2)])
+def test_its_checkpoints_are_taken_without_it(
+    sharding: str, world: int, tiny_sd3: Path, root: Path, trained: list[dict[Any, Any]]
+) -> None:
+    found = run(world, go_on, tiny_sd3, root, sharding)[0]
+    for stage in STAGES:
+        agree(trained[0][stage, "full_uneven"]["after"], found[stage])
+
+
 @pytest.mark.parametrize(("sharding", "case"), POISONED)
 def test_all_skip_an_update_that_is_not_finite_in_one(sharding: str, case: str, trained: list[dict[Any, Any]]) -> None:
     first, second = (part[sharding, case]["poisoned"] for part in trained)
