@@ -180,6 +180,8 @@ def _savings(config: Config, size: ModelSize, settings: Settings, split: Split, 
     )
     for word, change, cut in steps:
         changed, other = replace(tried, **change), replace(split, **cut)
+        if word == "model.train=lora" and split.sharding == "zero3":
+            continue  # refused
         if memory_of_part(size, changed, other).total >= memory_of_part(size, tried, split).total:
             continue
         tried, split = changed, other

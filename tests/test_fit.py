@@ -177,6 +177,9 @@ def test_worked_numbers_of_deepspeed() -> None:
     ("words", "gib", "says"),
     [
         (("distributed.sharding=zero3", "distributed.processes=4", "model.train=full"), 128, ""),
+        (("distributed.sharding=zero3", "distributed.processes=4", "model.train=full"), 84,
+         "use batch.micro_batch=1 model.activation_checkpointing=true model.free_text_encoders=true; model.memory"),
+        (("distributed.sharding=zero3", "distributed.processes=4", "model.train=full"), 20, "use a larger one, or a smaller"),
         (("distributed.sharding=fsdp2", "distributed.processes=4", "distributed.gather=block"), 24, ""),
         (("distributed.sharding=fsdp2", "distributed.processes=4", "distributed.gather=rollout"), 24,
          "use batch.micro_batch=1 model.free_text_encoders=true distributed.gather=block; model.memory"),
