@@ -305,7 +305,7 @@ objective refl objective.name=refl direct.last=3 direct.scale=1.0 {pixels}
 objective draft objective.name=draft direct.last=2 {pixels}
 objective draft_lv objective.name=draft_lv {pixels}
 objective alignprop objective.name=alignprop direct.last=0 direct.least=1 {pixels}
-objective adjoint_matching objective.name=adjoint_matching direct.temperature=0.01 {pixels} {memoryless}
+objective adjoint_matching objective.name=adjoint_matching direct.temperature=0.01 {pixels} {forgetting}
 objective ctrl objective.name=ctrl direct.last=0 direct.strength=10.0 {colours} {memoryless}
 objective euphonium objective.name=euphonium credit.values=process {spsa}
 objective dpok objective.name=dpok objective.kl.form=paper objective.kl.weight=0.01
@@ -340,6 +340,7 @@ selection vade batch.allocation.name=vade
     pixels="""'rewards=[{"name":pixels}]'""",
     colours="""'rewards=[{"name":colour_class}]' 'condition.attributes={"colour":3}'""",
     memoryless="rollout.kernel.name=memoryless",
+    forgetting="rollout.kernel.name=flow_sde rollout.kernel.noise=1.4142135623730951",
     leash="objective.kl.form=velocity objective.kl.weight=1.0 forward.anchor=old forward.old_rate=0.001 "
     "forward.old_limit=0.3 forward.sampler=live",
     plain="rollout.kernel.name=ode rollout.window.kind=full rollout.window.first=0 rollout.share_prefix=false",

@@ -70,6 +70,7 @@ METHODS: tuple[Method, ...] = (
             "exact": _EXACT + "test_adjoint_matching_reaches_the_linear_tilt",
             "formula": _ADJOINT + "test_loss_against_a_plain_loop_and_its_gradient",
             "identity": "tests/training/test_direct_tilt.py::test_general_reward_on_a_mixture_reaches_the_tilted_law",
+            "learned": "docs/results/forward/direct.json",
         },
     ),
 )
