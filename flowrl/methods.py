@@ -300,7 +300,7 @@ objective ram objective.name=ram {plain}
 objective ac_flow objective.name=ac_flow {plain}
 objective dpo_online objective.name=dpo_online {plain}
 objective dgpo objective.name=dgpo {plain}
-objective crd objective.name=crd objective.kl.form=velocity objective.kl.weight=0.01 {plain}
+objective crd objective.name=crd objective.kl.form=velocity objective.kl.weight=1.0 {plain}
 objective refl objective.name=refl direct.last=3 direct.scale=1.0 {pixels}
 objective draft objective.name=draft direct.last=2 {pixels}
 objective draft_lv objective.name=draft_lv {pixels}

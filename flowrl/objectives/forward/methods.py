@@ -105,6 +105,7 @@ METHODS: tuple[Method, ...] = (
         {
             "formula": _PAIRS + "test_crd_by_a_plain_loop",
             "identity": _PAIRS + "test_crd_does_not_move_what_is_equal_and_ends_where_rewards_agree",
+            "learned": _ONE_SEED,
         },
     ),
 )
