@@ -98,7 +98,7 @@ class ToyAdapter:
 class LatentRewards:
     """A reward runtime whose score is a function of x0; it counts what it scores."""
 
-    needs_groups = False
+    needs_groups, nbytes = False, 0
 
     def __init__(self, function: Function) -> None:
         self.function, self.scored = function, 0
