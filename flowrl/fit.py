@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowrl import cost, registry
+from flowrl.config.families import family_of
 from flowrl.config.model import require
 from flowrl.config.schema import Config
 from flowrl.distributed.launch import require as require_deepspeed
 from flowrl.distributed.launch import world_size
 from flowrl.errors import UserError
-from flowrl.performance.memory import Memory, ModelSize, Settings, Split, activations, memory_of_part
+from flowrl.performance.memory import Division, Memory, ModelSize, Settings, activations, memory_of_part
 from flowrl.protocols import ModelFamily
 from flowrl.records import PromptRow
 from flowrl.rollout.requests import request_of
@@ -96,11 +97,13 @@ def lines(config: Config, size: ModelSize | None, latents: int | None) -> list[s
     return [f"memory of one process{_sharing(config, split)}", *(f"  {name:<{width}}  {text}" for name, text in rows)]
 
 
-def split_of(config: Config) -> Split:
+def split_of(config: Config) -> Division:
     """By ``distributed``, and the launcher's number of processes where it names none."""
     how = config.distributed
     return (
-        Split() if how.sharding == "none" else Split(world=_launched(config), gather=how.gather, sharding=how.sharding)
+        Division()
+        if how.sharding == "none"
+        else Division(world=_launched(config), gather=how.gather, sharding=how.sharding)
     )
 
 
@@ -108,7 +111,7 @@ def _launched(config: Config) -> int:
     return config.distributed.processes or world_size(os.environ)
 
 
-def _sharing(config: Config, split: Split) -> str:
+def _sharing(config: Config, split: Division) -> str:
     sharding = config.distributed.sharding
     if sharding == "none":
         return ""
@@ -163,7 +166,7 @@ def _or_checkpoint(settings: Settings) -> str:
     return "" if settings.activation_checkpointing else ", or model.activation_checkpointing=true"
 
 
-def _savings(config: Config, size: ModelSize, settings: Settings, split: Split, room: int) -> str:
+def _savings(config: Config, size: ModelSize, settings: Settings, split: Division, room: int) -> str:
     """The first setting, or row of them, that makes one sample a call fit; "" where none does."""
     tried, words = replace(settings, micro_batch=1), ["batch.micro_batch=1"]
     steps: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
@@ -178,9 +181,10 @@ def _savings(config: Config, size: ModelSize, settings: Settings, split: Split, 
         ("model.train=lora", {"lora_rank": config.model.lora.rank}, {}),
         ("model.dtype=bf16", {"dtype": "bf16"}, {}),
     )
+    direct = family_of(config.objective.name) == "direct"
     for word, change, cut in steps:
         changed, other = replace(tried, **change), replace(split, **cut)
-        if word == "model.train=lora" and split.sharding == "zero3":
+        if (word == "model.train=lora" and split.sharding == "zero3") or (cut and direct):
             continue  # refused
         if memory_of_part(size, changed, other).total >= memory_of_part(size, tried, split).total:
             continue

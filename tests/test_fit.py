@@ -14,7 +14,7 @@ from flowrl.cli import main
 from flowrl.config import load
 from flowrl.config.schema import Config, Model
 from flowrl.errors import UserError
-from flowrl.performance.memory import ModelSize, Network, Settings, Split, memory_of, memory_of_part
+from flowrl.performance.memory import Division, ModelSize, Network, Settings, memory_of, memory_of_part
 from flowrl.plan import plan_text
 from tests.training.helpers import make, small_config, tensors
 
@@ -139,17 +139,19 @@ def test_worked_numbers_of_a_part() -> None:
     """SIZE's 20 GiB of bf16 weights in ten blocks of 2 GiB, beside 8 GiB of text encoder, on four processes."""
     lora = Settings(lora_rank=4, dtype="bf16", ema=True, micro_batch=3)
     whole = memory_of(SIZE, lora)
-    block = memory_of_part(SIZE, lora, Split(world=4, gather="block"))
+    block = memory_of_part(SIZE, lora, Division(world=4, gather="block"))
     assert block.parts == {"network in parts": 5 * GIB, "gathered": 4 * GIB, "other models": 8 * GIB}
     assert replace(whole, weights=17 * GIB, parts=block.parts) == block  # LoRA and what belongs to it stay whole
-    always = memory_of_part(SIZE, lora, Split(world=4, gather="iteration"))
+    always = memory_of_part(SIZE, lora, Division(world=4, gather="iteration"))
     assert always.weights == 33 * GIB and always.activations == whole.activations
-    rollout = memory_of_part(SIZE, lora, Split(world=4, gather="rollout"))
+    rollout = memory_of_part(SIZE, lora, Division(world=4, gather="rollout"))
     assert (rollout.weights, rollout.gradients, rollout.activations) == (33 * GIB, 0, 0)
     many = replace(lora, micro_batch=3000)
-    assert memory_of_part(SIZE, many, Split(world=4)) == memory_of_part(SIZE, many, Split(world=4, gather="block"))
-    assert memory_of_part(SIZE, lora, Split(world=1, gather="block")) == whole
-    full, cut = Settings(dtype="bf16", ema=True), Split(world=4, gather="block")
+    assert memory_of_part(SIZE, many, Division(world=4)) == memory_of_part(
+        SIZE, many, Division(world=4, gather="block")
+    )
+    assert memory_of_part(SIZE, lora, Division(world=1, gather="block")) == whole
+    full, cut = Settings(dtype="bf16", ema=True), Division(world=4, gather="block")
     assert memory_of_part(SIZE, full, cut).parts == {
         "network in parts": 10 * GIB, "gathered": 8 * GIB, "other models": 16 * GIB
     }  # fmt: skip
@@ -162,14 +164,14 @@ def test_worked_numbers_of_deepspeed() -> None:
     """On four processes: 10 GiB numbers trained, Adam's 80 GiB and a float32 copy of the part beside it."""
     full, lora = Settings(dtype="bf16", ema=True), Settings(lora_rank=4, dtype="bf16", ema=True)
     undivided, one, two, three = memory_of(SIZE, full), *(
-        memory_of_part(SIZE, full, Split(world=4, sharding=f"zero{stage}")) for stage in (1, 2, 3)
+        memory_of_part(SIZE, full, Division(world=4, sharding=f"zero{stage}")) for stage in (1, 2, 3)
     )  # fmt: skip
     assert one == replace(undivided, optimizer=(80 * GIB + 400) // 4 + 10 * GIB)
     assert two == replace(one, gradients=10 * GIB)
     assert three.parts == {"network in parts": 10 * GIB, "gathered": 4 * GIB, "other models": 16 * GIB}
     assert (three.average, three.reference, three.gradients) == (10 * GIB, 10 * GIB, 10 * GIB)
     # Where LoRA alone is trained, the network that was loaded whole is the most that is ever held.
-    loaded = memory_of_part(SIZE, lora, Split(world=4, sharding="zero3"))
+    loaded = memory_of_part(SIZE, lora, Division(world=4, sharding="zero3"))
     assert (loaded.weights, loaded.optimizer, loaded.activations) == (28 * GIB, 0, 0)
 
 
@@ -185,6 +187,7 @@ def test_worked_numbers_of_deepspeed() -> None:
          "use batch.micro_batch=1 model.free_text_encoders=true distributed.gather=block; model.memory"),
         (("distributed.processes=4",), 20, "model.activation_checkpointing=true model.free_text_encoders=true "
          "distributed.sharding=fsdp2 distributed.gather=block; model.memory"),
+        (("distributed.processes=4", "objective.name=draft"), 20, "use a larger one, or a smaller model"),
     ],
 )  # fmt: skip
 def test_parts_fit_where_the_whole_does_not(words: tuple[str, ...], gib: int, says: str) -> None:

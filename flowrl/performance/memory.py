@@ -114,7 +114,7 @@ def memory_of(size: ModelSize, settings: Settings) -> Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Division:
     """How a network lies in ``world`` processes: ``distributed.sharding`` and ``distributed.gather``, which fsdp2 alone reads."""
 
     world: int = 1
@@ -122,7 +122,7 @@ class Split:
     sharding: str = "fsdp2"
 
 
-def memory_of_part(size: ModelSize, settings: Settings, split: Split) -> Memory:
+def memory_of_part(size: ModelSize, settings: Settings, split: Division) -> Memory:
     """What one of ``split.world`` processes holds at its fullest, buffers of collectives aside.
 
     fsdp2: weights of the networks are in parts; with full fine-tuning so are their optimizer state, average and reference.
@@ -156,7 +156,7 @@ def memory_of_part(size: ModelSize, settings: Settings, split: Split) -> Memory:
     return max(update, rollout, key=lambda made: made.total)
 
 
-def _by_zero(size: ModelSize, settings: Settings, split: Split) -> Memory:
+def _by_zero(size: ModelSize, settings: Settings, split: Division) -> Memory:
     """As `memory_of_part` by DeepSpeed: zero1 cuts what Adam holds, zero2 gradients too, zero3 all but LoRA.
 
     Its optimizer steps a float32 copy of the part of the weights. zero3 cuts a network that was loaded whole.

@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
 from flowrl import fit
+from flowrl.config.schema import Config
 from flowrl.distributed.backend import Backend
-from flowrl.performance.memory import Split
+from flowrl.performance.memory import Division, ModelSize
 from flowrl.training.build import build
 from tests.distributed.processes import run
 from tests.distributed.toys import signs, together
@@ -87,10 +88,16 @@ def train_counted(model: Path, case: str, gathers: Gathers) -> dict[str, Any]:
         "served": turns.served if turns else 0, "gathers": counts[1:],
         "graphs": counters["stats"]["unique_graphs"] - graphs,
         "units": len(backend.sharded.units) if backend.sharded else 0,
-        "said": fit.memory_of_part(size, fit.settings_of(config), Split(world=2)).parts if (size := fit.size_of(config)) else {},
+        "said": fit.memory_of_part(known(config), fit.settings_of(config), Division(world=2)).parts,
         "memory": backend.sharded.memory() if backend.sharded else {},
         "adam": trainer.weights.optimizer_state(trainer.optimizer)["state"][0]["exp_avg"],
     }  # fmt: skip
+
+
+def known(config: Config) -> ModelSize:
+    size = fit.size_of(config)
+    assert size is not None
+    return size
 
 
 def look(collected: Any, batch: Any) -> dict[str, torch.Tensor]:
