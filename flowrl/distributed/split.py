@@ -20,7 +20,7 @@ class Steps(Protocol):
 
 
 class Split(Protocol):
-    """A split network; every process makes and uses one alike. See `sharding.Sharded` and `zero.Zero`."""
+    """A split network; every process makes and uses one alike. See `sharding.Sharded` and `zero_base.Zero`."""
 
     @property
     def can_go_back(self) -> bool:

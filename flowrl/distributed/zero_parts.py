@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowrl.distributed.zero import Zero
+from flowrl.distributed.zero_base import Zero
 
 
 class Parts(Zero):
