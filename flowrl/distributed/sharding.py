@@ -117,6 +117,7 @@ class Sharded:
             local = nn.Parameter(shard.to_local().detach(), requires_grad=trained)
             self.held[number].append(Held(name, module, attribute, shape, trained, local))
         self.by_name = {held.name: held for unit in self.held for held in unit}
+        self.own = {id(held.local) for held in self.by_name.values()}
         self.rest()
 
     def _before_call(self, module: nn.Module, inputs: Any) -> None:
@@ -210,7 +211,7 @@ class Sharded:
 
     def owns(self, parameter: nn.Parameter) -> bool:
         """Whether it is this process's shard of a parameter."""
-        return any(held.local is parameter for held in self.by_name.values())
+        return id(parameter) in self.own
 
     def gradients(self) -> list[Tensor]:
         """The summed gradients of this process's shards."""

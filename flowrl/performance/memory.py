@@ -135,9 +135,7 @@ def memory_of_part(size: ModelSize, settings: Settings, split: Division) -> Memo
     if split.sharding != "fsdp2":
         return _by_zero(size, settings, split)
     lora = settings.lora_rank > 0
-    each = BYTES[settings.dtype] if lora else 4
-    network = each * sum(n.parameters for n in size.networks)
-    block = each * max((n.parameters // max(n.blocks, 1) for n in size.networks), default=0)
+    network, block = _weights(size, settings)
     held, beside = -(-network // split.world), whole.weights - network
 
     def divided(gathered: int) -> Memory:
@@ -156,8 +154,15 @@ def memory_of_part(size: ModelSize, settings: Settings, split: Division) -> Memo
     return max(update, rollout, key=lambda made: made.total)
 
 
+def _weights(size: ModelSize, settings: Settings) -> tuple[int, int]:
+    """Bytes of the trained networks' weights, and about those of one block."""
+    each = BYTES[settings.dtype] if settings.lora_rank > 0 else 4
+    block = max((n.parameters // max(n.blocks, 1) for n in size.networks), default=0)
+    return each * sum(n.parameters for n in size.networks), each * block
+
+
 def _by_zero(size: ModelSize, settings: Settings, split: Division) -> Memory:
-    """As `memory_of_part` by DeepSpeed: zero1 cuts what Adam holds, zero2 gradients too, zero3 all but LoRA.
+    """As `memory_of_part` by DeepSpeed: zero1 cuts what Adam holds, zero2 gradients too, zero3 weights too.
 
     Its optimizer steps a float32 copy of the part of the weights. zero3 cuts a network that was loaded whole.
     """
@@ -171,9 +176,7 @@ def _by_zero(size: ModelSize, settings: Settings, split: Division) -> Memory:
         made = replace(made, gradients=cut(whole.gradients))
     if stage < 3:
         return made
-    each = BYTES[settings.dtype] if settings.lora_rank else 4
-    network = each * sum(n.parameters for n in size.networks)
-    block = each * max((n.parameters // max(n.blocks, 1) for n in size.networks), default=0)
+    network, block = _weights(size, settings)
     parts = {"network in parts": cut(network), "gathered": block, "other models": whole.weights - network}
     made = replace(
         made, weights=sum(parts.values()), parts=parts, average=cut(whole.average), reference=cut(whole.reference)
